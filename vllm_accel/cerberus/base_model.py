@@ -1,0 +1,90 @@
+"""What heads need to know of the model they were trained on, read from its files.
+
+Reads safetensors only, and of them only what is asked: a fingerprint costs one row per
+tensor, whatever the size of the model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vllm_accel.errors import CheckpointError
+
+_LM_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of a model's weights: 16 hex digits.
+
+    Covers name, shape and first row (as bfloat16) of every tensor, so copies in another
+    float type share it and a fine-tuned model does not.
+
+    Raises:
+        CheckpointError: the folder holds no readable safetensors.
+    """
+    digest = hashlib.sha256()
+    for file, name in _tensors(folder):
+        with _opened(file) as weights:
+            part = weights.get_slice(name)
+            shape = part.get_shape()
+            row = part[:1] if shape else weights.get_tensor(name)
+        digest.update(f"{name} {list(shape)} ".encode())
+        digest.update(row.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def lm_head_weight(folder: Path) -> Tensor:
+    """[vocab, hidden_size], the matrix that turns hidden states into logits.
+
+    Raises:
+        CheckpointError: no tensor has a name an LM head or tied embedding goes by.
+    """
+    tensors = _tensors(folder)
+    for wanted in _LM_HEAD_NAMES:
+        for file, name in tensors:
+            if name.endswith(wanted):
+                with _opened(file) as weights:
+                    matrix: Tensor = weights.get_tensor(name)
+                    return matrix
+    raise CheckpointError(
+        f"No LM head in {folder}: expected a tensor named "
+        f"{' or '.join(_LM_HEAD_NAMES)}; set cerberus.check_base=false to serve without "
+        "checking the heads against it."
+    )
+
+
+def _tensors(folder: Path) -> list[tuple[Path, str]]:
+    """(file, tensor name) of every tensor, sorted by name."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return sorted(((folder / f, n) for n, f in names.items()), key=lambda t: t[1])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"No *.safetensors in model folder {folder}: expected the weights the heads "
+            "belong to; convert the model, or set cerberus.check_base=false."
+        )
+    found = []
+    for file in files:
+        with _opened(file) as weights:
+            found += [(file, name) for name in weights.keys()]  # noqa: SIM118  not a dict
+    return sorted(found, key=lambda t: t[1])
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator["safe_open"]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file ({error}): expected the model's "
+            "weights; download it again."
+        ) from error

@@ -1,0 +1,224 @@
+"""Heads on disk: a folder with `config.json`, `model.safetensors`, `self_test.safetensors`.
+
+Everything is checked before an engine starts, because heads that do not fit their model
+fail silently otherwise: every draft is rejected and serving is merely slow.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_accel.cerberus import base_model
+from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.config import MAX_DRAFT_TOKENS
+from vllm_accel.errors import CheckpointError
+
+FORMAT = "vllm_accel.cerberus.1"
+_MIN_BASE_AGREEMENT = 0.9
+_MIN_ACCEPTANCE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsConfig:
+    """`config.json` of a heads folder."""
+
+    format: str
+    draft_tokens: int
+    """K, number of heads."""
+    blocks: int
+    """J, residual blocks per head."""
+    hidden_size: int
+    vocab_size: int
+    cross_links: bool
+    base_name: str
+    """Name of the model the heads were trained on, for people."""
+    base_fingerprint: str
+    """`base_model.fingerprint` of that model."""
+    entropy_threshold: float
+    """Nats below which drafting paid on held-out text."""
+    accepted_per_step: float
+    """Mean drafts accepted per step on the self-test, by chain drafting."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Hidden states of the base model and the tokens it went on to say."""
+
+    hidden_states: Tensor  # [rows, hidden_size]
+    token_ids: Tensor  # [rows, 1 + draft_tokens] int32: next token, then the drafts'
+
+    def accepted(self, drafts: Tensor) -> float:
+        """Mean length of the drafts' agreeing prefix; drafts: [draft_tokens, rows]."""
+        agree = drafts.T.eq(self.token_ids[:, 1:]).to(torch.int32)
+        return float(agree.cumprod(dim=1).sum(dim=1).float().mean())
+
+
+def save(
+    folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest
+) -> None:
+    """Writes a heads folder; `load` gives the same back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().bfloat16().contiguous() for k, v in heads.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    save_file(
+        {
+            "hidden_states": test.hidden_states.bfloat16().contiguous(),
+            "token_ids": test.token_ids.int().contiguous(),
+        },
+        folder / "self_test.safetensors",
+    )
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def load_config(folder: Path) -> HeadsConfig:
+    """The checked `config.json` of a heads folder.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or says something impossible.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"No heads in {folder}: expected config.json and model.safetensors written by "
+            "`vllm-accel train cerberus`; name the folder of heads with the key 'model'."
+        )
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is not JSON ({error}): expected the file `vllm-accel train cerberus` "
+            "wrote; copy the heads again."
+        ) from error
+    return _checked_config(file, values)
+
+
+def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
+    """Heads and their config, in the float type they were saved in.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or shapes are not what the config
+            says.
+    """
+    config = load_config(folder)
+    state = _load_tensors(folder / "model.safetensors")
+    heads = CerberusHeads(
+        draft_tokens=config.draft_tokens,
+        blocks=config.blocks,
+        hidden_size=config.hidden_size,
+        cross_links=config.cross_links,
+    )
+    _check_state(folder, heads.state_dict(), state)
+    heads.to(next(iter(state.values())).dtype)
+    heads.load_state_dict(state)
+    return config, heads.requires_grad_(False)
+
+
+def check_against_base(folder: Path, base: Path) -> float:
+    """Accepted drafts per step on the self-test, with the base model's own LM head.
+
+    Raises:
+        CheckpointError: the heads belong to another model, or do not draft for this one
+            as they did when they were trained.
+    """
+    config, heads = load(folder)
+    found = base_model.fingerprint(base)
+    if found != config.base_fingerprint:
+        raise CheckpointError(
+            f"Heads {folder} were trained on {config.base_name!r} (fingerprint "
+            f"{config.base_fingerprint}), not on {base} ({found}): expected the same "
+            "weights; use heads trained on this model, or set cerberus.check_base=false "
+            "for a quantised copy of it."
+        )
+    return _run_self_test(folder, config, heads, base_model.lm_head_weight(base))
+
+
+def _run_self_test(
+    folder: Path, config: HeadsConfig, heads: CerberusHeads, lm_head: Tensor
+) -> float:
+    tensors = _load_tensors(folder / "self_test.safetensors")
+    test = SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
+    matrix = lm_head.float()
+    said = (test.hidden_states @ matrix.T).argmax(dim=-1)
+    agreement = float(said.eq(test.token_ids[:, 0]).float().mean())
+    drafts = (heads.float()(test.hidden_states) @ matrix.T).argmax(dim=-1)
+    accepted = test.accepted(drafts)
+    expected = config.accepted_per_step
+    if agreement < _MIN_BASE_AGREEMENT or accepted < _MIN_ACCEPTANCE_SHARE * expected:
+        raise CheckpointError(
+            f"Heads {folder} fail their self-test: {accepted:.2f} drafts accepted per step "
+            f"(expected {expected:.2f}), LM head agrees on {agreement:.0%} of tokens "
+            f"(expected at least {_MIN_BASE_AGREEMENT:.0%}); the files are damaged or of "
+            "another model, train or copy them again."
+        )
+    return accepted
+
+
+def _checked_config(file: Path, values: Any) -> HeadsConfig:
+    fields = {field.name: field.type for field in dataclasses.fields(HeadsConfig)}
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        got = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(
+            f"{file} has format {got!r}: expected {FORMAT!r}; train the heads with this "
+            "version of vllm-accel."
+        )
+    if values.keys() != fields.keys():
+        missing = sorted(fields.keys() - values.keys())
+        unknown = sorted(values.keys() - fields.keys())
+        raise CheckpointError(
+            f"{file} does not have the expected keys (missing {missing}, unknown "
+            f"{unknown}): expected {sorted(fields)}; copy the heads again."
+        )
+    for key, kind in fields.items():
+        if type(values[key]) is not kind:
+            raise CheckpointError(
+                f"{file}: {key}={values[key]!r} is a {type(values[key]).__name__}, "
+                f"expected {kind.__name__}; copy the heads again."  # type: ignore[union-attr]
+            )
+    _check_range(file, values, "draft_tokens", MAX_DRAFT_TOKENS)
+    _check_range(file, values, "blocks", 8)
+    return HeadsConfig(**values)
+
+
+def _check_range(file: Path, values: dict[str, Any], key: str, most: int) -> None:
+    if not 1 <= values[key] <= most:
+        raise CheckpointError(
+            f"{file}: {key}={values[key]} is out of range: expected 1..{most}; copy the "
+            "heads again."
+        )
+
+
+def _check_state(
+    folder: Path, expected: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    for name in sorted(expected.keys() | state.keys()):
+        want = list(expected[name].shape) if name in expected else "no such tensor"
+        got = list(state[name].shape) if name in state else "no such tensor"
+        if want != got:
+            raise CheckpointError(
+                f"{folder}/model.safetensors: tensor {name!r} has {got}, expected {want} "
+                "by config.json; the two files do not belong together, copy both again."
+            )
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(
+                f"{folder}/model.safetensors: tensor {name!r} holds NaN or infinity: "
+                "expected finite weights; train or copy the heads again."
+            )
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} is missing or damaged ({error}): expected a safetensors file written "
+            "by `vllm-accel train cerberus`; copy the heads again."
+        ) from error
+    return tensors

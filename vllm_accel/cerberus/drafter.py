@@ -1,0 +1,109 @@
+"""One drafting step: which requests draft, and what.
+
+The engine's adapter says which requests have room and where their last accepted token
+is; everything else is decided here, on plain tensors.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.gating.policy import Gate
+from vllm_accel.gating.signals import Signals
+from vllm_accel.speculate import Verdict
+
+NO_ROOM = "no_room"
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step decided and learnt; travels from the worker to the scheduler."""
+
+    gate: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Requests by (state, reason): state is open or closed."""
+    draft_lengths: Counter[int] = field(default_factory=Counter)
+    """Requests by tokens drafted, 0 included."""
+    drafted: int = 0
+    """Draft tokens the target verified."""
+    accepted: int = 0
+    """Draft tokens it agreed with."""
+
+    def add_verdict(self, verdict: Verdict) -> None:
+        """Counts one verdict."""
+        self.drafted += verdict.verified
+        self.accepted += verdict.accepted
+
+
+class CerberusDrafter:
+    """Drafts for the requests whose gate is open; skips the heads when none is.
+
+    Args:
+        heads: in the target's dtype, on its device.
+        lm_head: hidden states [n, hidden_size] -> logits [n, vocab], the target's own.
+        gate: decides per request.
+    """
+
+    def __init__(
+        self, heads: CerberusHeads, lm_head: Callable[[Tensor], Tensor], gate: Gate
+    ) -> None:
+        self._heads = heads
+        self._lm_head = lm_head
+        self._gate = gate
+
+    def draft(
+        self,
+        rows: Sequence[int],
+        room: Sequence[int],
+        hidden_states: Tensor,  # [num_rows, hidden_size]
+        logits: Tensor,  # [num_rows, vocab]
+        report: StepReport,
+    ) -> list[list[int]]:
+        """Draft tokens per request, at most `room` of each.
+
+        Args:
+            rows: per request, the row of its last accepted token; below 0 for a request
+                that is not decoding yet.
+            room: per request, tokens that may still be drafted.
+            hidden_states: the target's, after its final norm.
+            logits: the target's, at the same rows.
+            report: gains this step's decisions.
+        """
+        drafts: list[list[int]] = [[] for _ in rows]
+        able = [i for i, row in enumerate(rows) if row >= 0 and room[i] > 0]
+        open_ = self._open(able, rows, logits, report)
+        if open_:
+            picked = torch.tensor([rows[i] for i in open_], device=hidden_states.device)
+            tokens = self._tokens(hidden_states[picked])
+            for i, token_ids in zip(open_, tokens, strict=True):
+                drafts[i] = token_ids[: room[i]]
+        decoding = [i for i, row in enumerate(rows) if row >= 0]
+        report.gate["closed", NO_ROOM] += len(decoding) - len(able)
+        report.draft_lengths.update(len(drafts[i]) for i in decoding)
+        return drafts
+
+    def _open(
+        self,
+        able: list[int],
+        rows: Sequence[int],
+        logits: Tensor,
+        report: StepReport,
+    ) -> list[int]:
+        if not able:
+            return []
+        picked = torch.tensor([rows[i] for i in able], device=logits.device)
+        admitted = self._gate.admit(Signals(logits[picked]))
+        open_ = [i for i, yes in zip(able, admitted, strict=True) if yes]
+        report.gate["open", self._gate.reason] += len(open_)
+        report.gate["closed", self._gate.reason] += len(able) - len(open_)
+        return open_
+
+    def _tokens(self, hidden_states: Tensor) -> list[list[int]]:
+        states = self._heads(hidden_states)
+        heads, num_reqs, _ = states.shape
+        best = self._lm_head(states.flatten(0, 1)).argmax(dim=-1)
+        token_ids: list[list[int]] = best.view(heads, num_reqs).T.tolist()
+        return token_ids

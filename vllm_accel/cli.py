@@ -1,0 +1,3 @@
+"""`vllm-accel`: train heads."""
+def main():
+    pass

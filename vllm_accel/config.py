@@ -1,0 +1,173 @@
+"""What a user may set, frozen and checked.
+
+One dataclass per method. It is what every way of switching on ends in (command line,
+`LLM(...)`, `engine_args(...)`), and what travels to the engine's processes, so it holds
+nothing that changes from run to run: vLLM hashes it into its compile-cache key.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_accel.errors import ConfigError
+
+METHODS = ("cerberus",)
+"""Methods this version can run."""
+
+PLANNED_METHODS = ("free", "lazyllm")
+"""Names that are ours but refused until they exist."""
+
+MAX_DRAFT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CerberusConfig:
+    """Settings of the Cerberus method (arXiv 2410.13344)."""
+
+    method: str = "cerberus"
+    """Always "cerberus"."""
+
+    model: str | None = None
+    """Draft heads: a folder or a hub id. None: the folder `cerberus` of the model."""
+
+    revision: str | None = None
+    """Branch, tag or commit, when `model` is a hub id."""
+
+    num_speculative_tokens: int | None = None
+    """Most tokens drafted per step, 1 to the number of heads. None: every head."""
+
+    gate: str = "entropy"
+    """Who decides per request and step whether to draft: "entropy", "always", "never",
+    or the dotted path of a class like those in `vllm_accel.gating.policy`."""
+
+    entropy_threshold: float | None = None
+    """Draft where the target's entropy is below this (nats). None: what the heads'
+    training measured as best."""
+
+    check_base: bool = True
+    """Refuse heads trained on another base model. Switch off to serve a quantised copy
+    of the model they were trained on."""
+
+    def __post_init__(self) -> None:
+        _check_type(self, "method", str)
+        if self.method != "cerberus":
+            raise ConfigError(refusal(self.method))
+        _check_type(self, "model", str, None)
+        _check_type(self, "revision", str, None)
+        _check_type(self, "num_speculative_tokens", int, None)
+        _check_type(self, "gate", str)
+        _check_type(self, "entropy_threshold", float, int, None)
+        _check_type(self, "check_base", bool)
+        _check_draft_tokens(self.num_speculative_tokens)
+        _check_gate(self.gate)
+        if self.entropy_threshold is not None and not self.entropy_threshold > 0:
+            raise ConfigError(
+                f"cerberus.entropy_threshold={self.entropy_threshold} is out of range: "
+                "expected a number of nats above 0; leave it out to use the heads' own."
+            )
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> "CerberusConfig":
+        """The config a JSON object or keyword arguments describe.
+
+        Dashes in keys count as underscores, as in vLLM's own options.
+
+        Raises:
+            ConfigError: a key is unknown or a value is not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        settings = {key.replace("-", "_"): value for key, value in settings.items()}
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise ConfigError(
+                    f"Unknown key {key!r} for method 'cerberus': "
+                    f"expected one of {', '.join(known)}{hint}"
+                )
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_mapping` gives the same config back."""
+        return dataclasses.asdict(self)
+
+
+def parse(value: object) -> CerberusConfig:
+    """The config behind anything a user may write for `speculative_config`.
+
+    Args:
+        value: a bare method name, or a mapping with a "method" key.
+
+    Raises:
+        ConfigError: the method does not exist, or its settings are wrong.
+    """
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"speculative_config={value!r} is a {type(value).__name__}: expected a "
+            "method name or a mapping like {'method': 'cerberus'}."
+        )
+    if value.get("method") not in METHODS:
+        raise ConfigError(refusal(value.get("method")))
+    return CerberusConfig.from_mapping(value)
+
+
+def is_ours(method: object) -> bool:
+    """Whether a method name belongs to this plugin, existing yet or not."""
+    return isinstance(method, str) and method in METHODS + PLANNED_METHODS
+
+
+def refusal(method: object) -> str:
+    """The sentence for a method that cannot run."""
+    state = "not in this version" if is_ours(method) else "not one of vllm_accel's"
+    return (
+        f"Speculative method {method!r} is {state}: expected {', '.join(METHODS)}; "
+        "use one of these, or a method of vLLM's own."
+    )
+
+
+def engine_args(method: str = "cerberus", **settings: Any) -> dict[str, Any]:
+    """Keyword arguments for `LLM` or `AsyncEngineArgs` that switch a method on.
+
+    >>> LLM(MODEL, **engine_args("cerberus", gate="always"))   # doctest: +SKIP
+
+    Raises:
+        ConfigError: the method does not exist, or its settings are wrong.
+    """
+    checked = parse({"method": method, **settings})
+    return {"speculative_config": checked.to_dict()}
+
+
+def _check_type(config: object, key: str, *allowed: type | None) -> None:
+    value = getattr(config, key)
+    types = tuple(t for t in allowed if t is not None)
+    is_bool_for_number = isinstance(value, bool) and bool not in types
+    if (value is None and None in allowed) or (
+        isinstance(value, types) and not is_bool_for_number
+    ):
+        return
+    names = " or ".join("nothing" if t is None else t.__name__ for t in allowed)
+    raise ConfigError(
+        f"cerberus.{key}={value!r} is a {type(value).__name__}: expected {names}."
+    )
+
+
+def _check_draft_tokens(count: int | None) -> None:
+    if count is not None and not 1 <= count <= MAX_DRAFT_TOKENS:
+        raise ConfigError(
+            f"cerberus.num_speculative_tokens={count} is out of range: expected "
+            f"1..{MAX_DRAFT_TOKENS}, at most the number of heads; leave it out to use "
+            "every head."
+        )
+
+
+def _check_gate(gate: str) -> None:
+    if gate in ("entropy", "always", "never") or "." in gate:
+        return
+    raise ConfigError(
+        f"cerberus.gate={gate!r} is not a gate: expected entropy, always, never or the "
+        "dotted path of a gate class."
+    )

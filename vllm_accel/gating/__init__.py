@@ -1,0 +1,1 @@
+"""Signals and gates: where is drafting worth it?"""

@@ -1,0 +1,145 @@
+"""Switching on: check everything, then name our classes in vLLM's config."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pkgutil import resolve_name
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_accel.cerberus import checkpoint, location
+from vllm_accel.config import CerberusConfig, parse
+from vllm_accel.errors import CheckpointError, ConfigError
+from vllm_accel.gating.policy import make_gate
+from vllm_accel.host import carrier, compat, metrics, refuse
+
+logger = logging.getLogger("vllm.vllm_accel")
+
+PROPOSER = "vllm_accel.host.v1.proposer.CerberusProposer"
+SCHEDULER = "vllm_accel.host.v1.scheduler.AccelScheduler"
+CPU_WORKER = "vllm_accel.host.v1.cpu_worker.AccelCPUWorker"
+GPU_WORKER = "vllm_accel.host.v1.gpu_worker.AccelGPUWorker"
+
+
+def switch_on(
+    engine_args: EngineArgs,
+    model_config: Any,
+    parallel_config: Any,
+    settings: dict[str, Any],
+    original: Callable[..., Any],
+) -> Any:
+    """vLLM's SpeculativeConfig for our method, and our classes in the other configs.
+
+    In memory the engine sees the official method "custom_class"; our own settings travel
+    in `additional_config`.
+
+    Raises:
+        AccelError: something is wrong with settings, heads, or what vLLM is asked to do.
+    """
+    compat.check_version()
+    config = parse(settings)
+    refuse.unsupported(engine_args, model_config, parallel_config)
+    config = with_heads(config, model_config)
+    worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    parallel_config.worker_cls = _ours_or_derived(
+        "worker_cls", parallel_config.worker_cls, worker
+    )
+    engine_args.scheduler_cls = _ours_or_derived(
+        "scheduler_cls", engine_args.scheduler_cls, SCHEDULER
+    )
+    engine_args.additional_config = carrier.loaded(engine_args.additional_config, config)
+    engine_args.async_scheduling = False
+    metrics.open_reader()
+    _announce(config)
+    with _as_custom_class(engine_args, config):
+        return original(engine_args, model_config, parallel_config)
+
+
+def with_heads(config: CerberusConfig, model_config: Any) -> CerberusConfig:
+    """The config with what its heads decide filled in, after checking them.
+
+    Raises:
+        CheckpointError: the heads are missing, broken, or of another model.
+        ConfigError: more tokens are asked for than there are heads.
+    """
+    folder = location.heads_folder(
+        config.model, base=model_config.model, revision=config.revision
+    )
+    heads = checkpoint.load_config(folder)
+    _check_shape(folder, heads, model_config)
+    count = config.num_speculative_tokens or heads.draft_tokens
+    if count > heads.draft_tokens:
+        raise ConfigError(
+            f"cerberus.num_speculative_tokens={count} is more than the heads have: "
+            f"expected 1..{heads.draft_tokens} for {folder}; lower it or leave it out."
+        )
+    if config.check_base:
+        base = location.model_folder(model_config.model, model_config.revision)
+        checkpoint.check_against_base(folder, base)
+    else:
+        checkpoint.load(folder)
+    threshold = config.entropy_threshold or heads.entropy_threshold
+    make_gate(config.gate, entropy_threshold=threshold)
+    return dataclasses.replace(
+        config, num_speculative_tokens=count, entropy_threshold=threshold
+    )
+
+
+def _check_shape(folder: Any, heads: checkpoint.HeadsConfig, model_config: Any) -> None:
+    pairs = {
+        "hidden_size": (heads.hidden_size, model_config.get_hidden_size()),
+        "vocab_size": (heads.vocab_size, model_config.get_vocab_size()),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise CheckpointError(
+                f"Heads {folder} have {name}={ours}, the model {model_config.model} has "
+                f"{theirs}: expected heads trained on this model; name them with 'model'."
+            )
+
+
+def _ours_or_derived(name: str, given: Any, ours: str) -> Any:
+    if given in (None, "auto", ours):
+        return ours
+    cls = resolve_name(given) if isinstance(given, str) else given
+    if not issubclass(cls, resolve_name(ours)):
+        raise ConfigError(
+            f"{name}={given} cannot be used with cerberus: expected nothing, or a class "
+            f"that derives from {ours}; derive it, or switch cerberus off."
+        )
+    return given
+
+
+@contextmanager
+def _as_custom_class(engine_args: EngineArgs, config: CerberusConfig) -> Iterator[None]:
+    fields = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    given = {field: getattr(engine_args, field) for field in fields}
+    for field in fields:
+        setattr(engine_args, field, None)
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": config.num_speculative_tokens,
+    }
+    try:
+        yield
+    finally:
+        for field, value in given.items():
+            setattr(engine_args, field, value)
+
+
+def _announce(config: CerberusConfig) -> None:
+    logger.info(
+        "cerberus is on: heads %s, up to %d drafts a step, gate %s (below %.3g nats). %s",
+        config.model or "beside the model",
+        config.num_speculative_tokens,
+        config.gate,
+        config.entropy_threshold,
+        "Greedy tokens are plain vLLM's."
+        if current_platform.is_cpu()
+        else "On this device plain vLLM runs Model Runner V2 and cerberus V1: whether it "
+        "is faster here has to be measured.",
+    )

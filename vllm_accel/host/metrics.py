@@ -1,0 +1,82 @@
+"""Counters from the engine's process to `/metrics` and `LLM.get_metrics()`.
+
+The scheduler adds to a counter file in prometheus_client's multiprocess format; process
+0 reads it when scraped. With `--api-server-count` above 1 vLLM already serves such a
+folder, and the file goes there. Why this way: docs/decisions/0002.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+from vllm.config import VllmConfig
+
+FOLDER_VARIABLE = "VLLM_ACCEL_METRICS_DIR"
+"""Set by process 0, inherited by the engine's processes."""
+
+HELP = {
+    "vllm:accel_gate_decisions": "Gate decisions, one per decoding request and step.",
+    "vllm:accel_draft_length": "Decoding requests and steps by tokens drafted.",
+    "vllm:accel_drafted_tokens": "Draft tokens the target verified.",
+    "vllm:accel_accepted_tokens": "Draft tokens the target agreed with.",
+    "vllm:accel_request_steps": "Steps in which a request was given output tokens.",
+    "vllm:accel_output_tokens": "Output tokens given to requests.",
+}
+
+
+class CounterFile:
+    """Counters of one engine that any process may read.
+
+    Args:
+        vllm_config: names the model and engine in the labels, as vLLM's metrics do.
+        method: label of the method that counts.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, method: str) -> None:
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(
+            FOLDER_VARIABLE
+        )
+        engine = vllm_config.parallel_config.data_parallel_index
+        self._labels = {
+            "model_name": vllm_config.model_config.served_model_name,
+            "engine": str(engine),
+            "method": method,
+        }
+        name = f"counter_accel-{os.getpid()}-{engine}.db"
+        self._values = MmapedDict(str(Path(folder) / name)) if folder else None
+
+    def add(self, name: str, amount: int, **labels: str) -> None:
+        """Adds to one counter; `name` is a key of `HELP`."""
+        if self._values is None or amount == 0:
+            return
+        labels = self._labels | labels
+        key = mmap_key(name, f"{name}_total", list(labels), labels.values(), HELP[name])
+        value, _ = self._values.read_value(key)
+        self._values.write_value(key, value + amount, 0.0)
+
+
+class _Reader:
+    """What process 0 registers: the counter files, summed at every scrape."""
+
+    def __init__(self, folder: str) -> None:
+        self._files = MultiProcessCollector(None, folder)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._files.collect()
+
+
+def open_reader() -> None:
+    """Makes the counters of engines started from now on visible in this process."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(FOLDER_VARIABLE):
+        return
+    folder = tempfile.mkdtemp(prefix="vllm_accel_metrics_")
+    os.environ[FOLDER_VARIABLE] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    REGISTRY.register(_Reader(folder))

@@ -1,0 +1,82 @@
+"""What cannot work with our methods yet, refused by name before anything is loaded."""
+
+from typing import Any
+
+from vllm import envs
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_accel.errors import UnsupportedHost
+
+
+def unsupported(engine_args: EngineArgs, model_config: Any, parallel_config: Any) -> None:
+    """Refuses the first combination that cannot work.
+
+    Raises:
+        UnsupportedHost: with what was asked for and what to do instead.
+    """
+    for asked, found, instead in _checks(engine_args, model_config, parallel_config):
+        if found:
+            raise UnsupportedHost(
+                f"cerberus does not work with {asked} yet: expected {instead}; change that "
+                "or serve without --speculative-config."
+            )
+
+
+def _checks(
+    engine_args: EngineArgs, model_config: Any, parallel_config: Any
+) -> list[tuple[str, bool, str]]:
+    return [
+        ("LoRA (--enable-lora)", bool(engine_args.enable_lora), "no LoRA"),
+        (
+            "pooling models",
+            model_config.runner_type != "generate",
+            "a model that generates text",
+        ),
+        (
+            "multimodal models",
+            model_config.is_multimodal_model,
+            "a text-only model",
+        ),
+        (
+            "encoder-decoder models",
+            model_config.is_encoder_decoder,
+            "a decoder-only model",
+        ),
+        (
+            "models without full attention (Mamba and hybrids)",
+            model_config.is_hybrid or model_config.is_attention_free,
+            "an attention-only model",
+        ),
+        (
+            "pipeline parallelism",
+            parallel_config.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size 1",
+        ),
+        (
+            "a quantised LM head",
+            _lm_head_is_quantised(model_config),
+            "an LM head in 16 or 32 bits",
+        ),
+        (
+            "async scheduling",
+            bool(engine_args.async_scheduling),
+            "--no-async-scheduling",
+        ),
+        (
+            "Model Runner V2",
+            bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+            "VLLM_USE_V2_MODEL_RUNNER unset",
+        ),
+    ]
+
+
+def _lm_head_is_quantised(model_config: Any) -> bool:
+    """By what the checkpoint's own quantisation config says of `lm_head`."""
+    if model_config.quantization is None:
+        return False
+    if model_config.quantization == "gguf":
+        return True
+    config = model_config.hf_config.to_dict().get("quantization_config") or {}
+    if config.get("quant_method") == "compressed-tensors":
+        return "lm_head" not in config.get("ignore", [])
+    return bool(config.get("lm_head"))

@@ -1,0 +1,1 @@
+"""Adapters for Model Runner V1."""

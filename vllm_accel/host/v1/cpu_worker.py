@@ -1,0 +1,14 @@
+"""Worker on CPU: vLLM's own, with our runner."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_accel.host.v1.runner import dress
+
+
+class AccelCPUWorker(CPUWorker):
+    """Dresses the model runner once the device has made it."""
+
+    def init_device(self) -> None:
+        """See `vllm.v1.worker.worker_base.WorkerBase.init_device`."""
+        super().init_device()
+        dress(self.model_runner)

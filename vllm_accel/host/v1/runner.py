@@ -1,0 +1,126 @@
+"""Our part of Model Runner V1: hidden states to the heads, verdicts back.
+
+Mixed into whichever runner class vLLM built for the device (see `dress`).
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_accel.cerberus.drafter import StepReport
+from vllm_accel.host.report import attach
+from vllm_accel.speculate import DraftBook
+
+
+class CerberusRunnerMixin:
+    """Overrides of GPUModelRunner (vllm/v1/worker/gpu_model_runner.py, 0.32)."""
+
+    def start_drafting(self) -> None:
+        """State of our own, made when the runner is dressed."""
+        self._book = DraftBook()
+        self._report: StepReport | None = None
+        self._target_logits: Tensor | None = None
+
+    def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        """Keeps the logits for the gate; without drafts, samples as plain vLLM does."""
+        self._target_logits = logits
+        if spec_decode_metadata is not None and not any(
+            spec_decode_metadata.num_draft_tokens
+        ):
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """Heads need no positions: room is a matter of each request, not of the batch.
+
+        The original stops drafting for everybody, and schedules drafts of zeros, as soon
+        as one request comes close to the model's length.
+        """
+        return True
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sends this step's report to the scheduler with the sampled tokens."""
+        self._report = None
+        output = super().sample_tokens(grammar_output)
+        self._target_logits = None
+        if self._report is not None and isinstance(output, ModelRunnerOutput):
+            attach(output, self._report)
+        return output
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: Tensor,
+        sample_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        spec_decode_metadata: Any,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> list[list[int]]:
+        """Settles the last step's drafts, then drafts for this one's requests."""
+        self._report = StepReport()
+        self._book.forget(scheduler_output.finished_req_ids)
+        self._settle(scheduler_output.scheduled_spec_decode_tokens, sampled_token_ids)
+        num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
+        drafts = self.drafter.propose(
+            list(last_accepted_rows(num_rows, sampled_token_ids)),
+            [self._room(i) for i in range(len(sampled_token_ids))],
+            sample_hidden_states,
+            self._target_logits,
+            self._report,
+        )
+        for i, draft in enumerate(drafts):
+            if draft:
+                self._book.note(
+                    self.input_batch.req_ids[i], self._num_tokens(i), draft
+                )
+        return drafts
+
+    def _settle(
+        self, scheduled: dict[str, list[int]], sampled_token_ids: list[list[int]]
+    ) -> None:
+        for req_id, draft in scheduled.items():
+            i = self.input_batch.req_id_to_index[req_id]
+            num_sampled = len(sampled_token_ids[i])
+            if num_sampled == 0:
+                continue
+            position = self._num_tokens(i) - num_sampled
+            verdict = self._book.settle(req_id, position, draft, num_sampled)
+            if verdict is not None:
+                self._report.add_verdict(verdict)
+
+    def _num_tokens(self, i: int) -> int:
+        """Tokens of request `i`, those sampled in this step included."""
+        return int(self.input_batch.num_tokens_no_spec[i])
+
+    def _room(self, i: int) -> int:
+        """Drafts request `i` can still use: the target adds one token to any draft."""
+        state = self.requests[self.input_batch.req_ids[i]]
+        end = self.max_model_len
+        if state.sampling_params is not None and state.sampling_params.max_tokens:
+            end = min(end, state.num_prompt_tokens + state.sampling_params.max_tokens)
+        return end - self._num_tokens(i) - 1
+
+
+def last_accepted_rows(
+    num_rows: list[int], sampled_token_ids: list[list[int]]
+) -> Iterator[int]:
+    """Per request, the logits row of its last accepted token; -1 if it sampled none."""
+    firsts = accumulate(num_rows, initial=0)
+    for first, token_ids in zip(firsts, sampled_token_ids, strict=False):
+        yield first + len(token_ids) - 1 if token_ids else -1
+
+
+def dress(runner: Any) -> None:
+    """Gives one runner our overrides, whatever class the device's worker made it of."""
+    runner.__class__ = type(
+        f"Cerberus{type(runner).__name__}",
+        (CerberusRunnerMixin, type(runner)),
+        {"__module__": __name__},
+    )
+    runner.start_drafting()

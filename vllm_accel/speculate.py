@@ -1,0 +1,78 @@
+"""Propose, verify, learn: what every drafting method shares, engine apart.
+
+A method proposes tokens for a request at a position; the engine may shorten the draft
+(grammar, token budget, preemption) before the target verifies it. `DraftBook` matches
+what was verified to what was proposed by (request, position, token id), never by order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target said about one draft."""
+
+    req_id: str
+    position: int
+    """Index in the sequence of the first drafted token."""
+    proposed: int
+    """Tokens the method drafted."""
+    verified: int
+    """Tokens the engine scheduled of these, 0 when it dropped the draft."""
+    accepted: int
+    """Leading tokens the target agreed with."""
+
+
+class DraftBook:
+    """Drafts that wait for their verdict."""
+
+    def __init__(self) -> None:
+        self._drafts: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    def note(self, req_id: str, position: int, token_ids: Sequence[int]) -> None:
+        """Remembers a draft; a request has one at a time."""
+        self._drafts[req_id] = (position, tuple(token_ids))
+
+    def settle(
+        self,
+        req_id: str,
+        position: int,
+        scheduled: Sequence[int],
+        num_sampled: int,
+    ) -> Verdict | None:
+        """The verdict on a request's draft, which leaves the book.
+
+        Args:
+            position: index of the first token sampled in this step.
+            scheduled: draft token ids the engine verified; padding is below 0.
+            num_sampled: tokens the step emitted: the accepted ones and one more.
+
+        Returns:
+            None if nothing was drafted there, or something else was verified: such a
+            step teaches nothing.
+        """
+        noted_position, token_ids = self._drafts.pop(req_id, (-1, ()))
+        verified = tuple(token for token in scheduled if token >= 0)
+        if noted_position != position or token_ids[: len(verified)] != verified:
+            return None
+        accepted = min(num_sampled - 1, len(verified))
+        return Verdict(req_id, position, len(token_ids), len(verified), accepted)
+
+    def forget(self, req_ids: Sequence[str]) -> None:
+        """Drops the drafts of requests that ended or were preempted."""
+        for req_id in req_ids:
+            self._drafts.pop(req_id, None)
+
+
+def common_prefix(draft: Sequence[int], target: Sequence[int]) -> int:
+    """Number of leading tokens on which both agree: greedy verification."""
+    count = 0
+    for ours, theirs in zip(draft, target, strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count

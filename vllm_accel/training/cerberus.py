@@ -1,0 +1,166 @@
+"""`vllm-accel train cerberus`: heads on a frozen base, by transformers' Trainer."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from vllm_accel.cerberus import base_model, checkpoint, location
+from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.errors import ConfigError
+from vllm_accel.training import data, evaluate
+from vllm_accel.training.model import FrozenBaseWithHeads
+
+logger = logging.getLogger(__name__)
+
+_HEADS_FILE = "heads.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """What a training run is asked for; the command line's options, one to one."""
+
+    model: str
+    data: tuple[Path, ...]
+    output: Path
+    draft_tokens: int = 4
+    blocks: int = 2
+    cross_links: bool = True
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    row_tokens: int = 512
+    held_out_rows: int = 64
+    draft_cost: float = 0.35
+    save_steps: int = 200
+    seed: int = 0
+
+
+class HeadsTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """A Trainer whose checkpoints hold the heads alone: the base never changes."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model.heads, str(folder / _HEADS_FILE))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        load_model(self.model.heads, Path(checkpoint) / _HEADS_FILE)
+
+
+def train(run: TrainingRun) -> dict[str, Any]:
+    """Trains, measures and saves heads; resumes if the output holds a checkpoint.
+
+    Returns:
+        The held-out figures, as written to `OUTPUT/metrics.json`.
+
+    Raises:
+        ConfigError: the data or the tokenizer do not fit the model.
+    """
+    folder = location.model_folder(run.model)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _check_tokenizer(tokenizer, base)
+    rows = data.read_rows(run.data, tokenizer, run.row_tokens)
+    training, held_out = data.split(rows, run.held_out_rows, run.seed)
+    model = FrozenBaseWithHeads(base, _new_heads(run, base.config.hidden_size))
+    work = run.output / "checkpoints"
+    trainer = HeadsTrainer(
+        model=model,
+        args=_arguments(run, work),
+        train_dataset=training,
+        data_collator=data.collate,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    return _finish(run, folder, model, held_out)
+
+
+def _new_heads(run: TrainingRun, hidden_size: int) -> CerberusHeads:
+    return CerberusHeads(
+        draft_tokens=run.draft_tokens,
+        blocks=run.blocks,
+        hidden_size=hidden_size,
+        cross_links=run.cross_links,
+    )
+
+
+def _arguments(run: TrainingRun, work: Path) -> TrainingArguments:
+    work.mkdir(parents=True, exist_ok=True)
+    return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=run.batch_size,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=run.save_steps,
+        save_total_limit=2,
+        logging_steps=20,
+        seed=run.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _finish(
+    run: TrainingRun, folder: Path, model: FrozenBaseWithHeads, held_out: list[data.Row]
+) -> dict[str, Any]:
+    model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
+    seen = evaluate.observe(model, held_out)
+    test = seen.self_test()
+    threshold = evaluate.best_entropy_threshold(seen, run.draft_cost)
+    figures = {
+        "held_out_tokens": len(seen.entropy),
+        "top1": seen.top_k_share(1),
+        "top5": seen.top_k_share(5),
+        "accepted_per_step": round(float(seen.accepted.float().mean()), 4),
+        "entropy_threshold": threshold,
+    }
+    config = checkpoint.HeadsConfig(
+        format=checkpoint.FORMAT,
+        draft_tokens=run.draft_tokens,
+        blocks=run.blocks,
+        hidden_size=model.base.config.hidden_size,
+        vocab_size=model.base.config.vocab_size,
+        cross_links=run.cross_links,
+        base_name=Path(run.model).name,
+        base_fingerprint=base_model.fingerprint(folder),
+        entropy_threshold=threshold,
+        accepted_per_step=_self_test_acceptance(model, test),
+    )
+    checkpoint.save(run.output, config, model.heads, test)
+    (run.output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    logger.info("Heads saved to %s: %s", run.output, figures)
+    return figures
+
+
+@torch.no_grad()
+def _self_test_acceptance(
+    model: FrozenBaseWithHeads, test: checkpoint.SelfTest
+) -> float:
+    states = test.hidden_states.to(next(model.heads.parameters()))
+    drafts = model.base.lm_head(model.heads(states)).argmax(dim=-1).cpu()
+    return round(test.accepted(drafts), 4)
+
+
+def _check_tokenizer(tokenizer: Any, base: Any) -> None:
+    if len(tokenizer) > base.config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model's vocabulary "
+            f"{base.config.vocab_size}: expected the model's own tokenizer; check --model."
+        )

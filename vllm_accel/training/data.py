@@ -1,0 +1,99 @@
+"""Files -> rows of token ids.
+
+`.jsonl` lines are `{"text": ...}` or continuations `{"prompt_ids": ..., "token_ids":
+...}`, where only the continuation is a target; any other file is read as text.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_accel.errors import ConfigError
+
+IGNORED = -100
+"""Label of a token no head is asked for."""
+
+Row = tuple[list[int], list[int]]
+"""Token ids, and labels: the same ids, `IGNORED` where no target."""
+
+
+def read_rows(files: Iterable[Path], tokenizer: Any, row_tokens: int) -> list[Row]:
+    """Rows of at most `row_tokens` tokens from every file.
+
+    Raises:
+        ConfigError: a file is missing, or a line is not what it should be.
+    """
+    rows: list[Row] = []
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(
+                f"No training file {file}: expected text files or .jsonl; check --data."
+            )
+        source = _json_rows if file.suffix == ".jsonl" else _text_rows
+        rows += source(file, tokenizer, row_tokens)
+    if not rows:
+        raise ConfigError(
+            "The training files hold no text: expected at least one row; check --data."
+        )
+    return rows
+
+
+def split(rows: list[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), shuffled by `seed`."""
+    rows = rows.copy()
+    random.Random(seed).shuffle(rows)
+    held_out = min(held_out, max(1, len(rows) // 10))
+    return rows[held_out:], rows[:held_out]
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    """{"input_ids", "labels"}: [rows, longest] int64, padded at the end.
+
+    Padding needs no mask: attention is causal, and padded labels are ignored.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    pad = lambda ids, fill: ids + [fill] * (longest - len(ids))  # noqa: E731
+    return {
+        "input_ids": torch.tensor([pad(ids, 0) for ids, _ in rows]),
+        "labels": torch.tensor([pad(labels, IGNORED) for _, labels in rows]),
+    }
+
+
+def _text_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
+    ids = tokenizer(file.read_text(encoding="utf-8", errors="replace")).input_ids
+    yield from _windows(ids, row_tokens)
+
+
+def _json_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                item = json.loads(line)
+                if "text" in item:
+                    yield from _windows(tokenizer(item["text"]).input_ids, row_tokens)
+                else:
+                    yield from _continuation(item, row_tokens)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{file} line {number} is not a training row ({error!r}): expected "
+                    '{"text": ...} or {"prompt_ids": [...], "token_ids": [...]}.'
+                ) from error
+
+
+def _continuation(item: dict[str, list[int]], row_tokens: int) -> Iterator[Row]:
+    prompt, said = item["prompt_ids"], item["token_ids"]
+    labels = [IGNORED] * len(prompt) + said
+    if len(said) > 1:
+        yield (prompt + said)[-row_tokens:], labels[-row_tokens:]
+
+
+def _windows(ids: list[int], row_tokens: int) -> Iterator[Row]:
+    for first in range(0, len(ids), row_tokens):
+        window = ids[first : first + row_tokens]
+        if len(window) > 1:
+            yield window, window
