@@ -72,13 +72,10 @@ class CerberusConfig:
     def from_mapping(cls, settings: Mapping[str, Any]) -> "CerberusConfig":
         """The config a JSON object or keyword arguments describe.
 
-        Dashes in keys count as underscores, as in vLLM's own options.
-
         Raises:
             ConfigError: a key is unknown or a value is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        settings = {key.replace("-", "_"): value for key, value in settings.items()}
         for key in settings:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

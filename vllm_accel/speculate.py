@@ -68,6 +68,29 @@ class DraftBook:
             self._drafts.pop(req_id, None)
 
 
+def draft_room(
+    *,
+    num_tokens: int,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    max_tokens: int | None,
+    min_tokens: int,
+) -> int:
+    """Draft tokens a request can still use: the target adds one to any draft.
+
+    Below `min_tokens` the target's own extra token may not be the one that ends the
+    request. vLLM decides that by the tokens given so far, drafts not counted, so a draft
+    must not reach past the minimum (vllm/v1/sample/logits_processor/builtin.py, 0.32).
+    """
+    end = max_model_len
+    if max_tokens is not None:
+        end = min(end, num_prompt_tokens + max_tokens)
+    first_free = num_prompt_tokens + min_tokens
+    if num_tokens < first_free:
+        end = min(end, first_free)
+    return end - num_tokens - 1
+
+
 def common_prefix(draft: Sequence[int], target: Sequence[int]) -> int:
     """Number of leading tokens on which both agree: greedy verification."""
     count = 0

@@ -10,6 +10,7 @@ import argparse
 import glob
 import json
 import random
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,9 +58,10 @@ def main() -> None:
     sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens, detokenize=False)
     source = prompts(tokenizer, files, args.rows, random.Random(args.seed))
     with args.output.open("a") as out, tqdm(total=args.rows) as progress:
-        while batch := [p for _, p in zip(range(512), source)]:
+        while batch := list(islice(source, 512)):
             inputs = [{"prompt_token_ids": p} for p in batch]
-            for prompt, result in zip(batch, llm.generate(inputs, sampling, use_tqdm=False)):
+            answers = llm.generate(inputs, sampling, use_tqdm=False)
+            for prompt, result in zip(batch, answers, strict=True):
                 kept = without_loop(list(result.outputs[0].token_ids))
                 out.write(json.dumps({"prompt_ids": prompt, "token_ids": kept}) + "\n")
             out.flush()

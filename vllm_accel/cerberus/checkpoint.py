@@ -60,9 +60,7 @@ class SelfTest:
         return float(agree.cumprod(dim=1).sum(dim=1).float().mean())
 
 
-def save(
-    folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest
-) -> None:
+def save(folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest) -> None:
     """Writes a heads folder; `load` gives the same back."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().bfloat16().contiguous() for k, v in heads.state_dict().items()}

@@ -53,9 +53,7 @@ class CerberusHeads(nn.Module):
     ) -> Tensor:
         """[draft_tokens, num_tokens, hidden_size], for the target's LM head."""
         states = self._first_block(hidden_states)
-        for weight, bias in zip(
-            list(self.weights)[1:], list(self.biases)[1:], strict=True
-        ):
+        for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
             read = states
             if self.cross_links:
                 before = torch.cat([hidden_states[None], states[:-1]])

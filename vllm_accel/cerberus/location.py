@@ -3,7 +3,11 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from vllm_accel.errors import CheckpointError
 
@@ -48,7 +52,12 @@ def _of_model(base: str) -> Path:
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{repo!r} is neither a folder nor a repository that can be reached "

@@ -105,7 +105,8 @@ def _ours_or_derived(name: str, given: Any, ours: str) -> Any:
     if given in (None, "auto", ours):
         return ours
     cls = resolve_name(given) if isinstance(given, str) else given
-    if not issubclass(cls, resolve_name(ours)):
+    derives = isinstance(cls, type) and issubclass(cls, resolve_name(ours))
+    if not derives:
         raise ConfigError(
             f"{name}={given} cannot be used with cerberus: expected nothing, or a class "
             f"that derives from {ours}; derive it, or switch cerberus off."

@@ -9,7 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import REGISTRY
@@ -18,8 +18,11 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.config import VllmConfig
 
-FOLDER_VARIABLE = "VLLM_ACCEL_METRICS_DIR"
-"""Set by process 0, inherited by the engine's processes."""
+FOLDER_VARIABLE = "ACCEL_METRICS_DIR"
+"""Set by process 0, inherited by the engine's processes. Not named VLLM_*: vLLM warns of
+variables it does not know."""
+
+_FILES = "counter_accel-*.db"
 
 HELP = {
     "vllm:accel_gate_decisions": "Gate decisions, one per decoding request and step.",
@@ -40,16 +43,15 @@ class CounterFile:
     """
 
     def __init__(self, vllm_config: VllmConfig, method: str) -> None:
-        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(
-            FOLDER_VARIABLE
-        )
+        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        folder = shared or os.environ.get(FOLDER_VARIABLE)
         engine = vllm_config.parallel_config.data_parallel_index
         self._labels = {
             "model_name": vllm_config.model_config.served_model_name,
             "engine": str(engine),
             "method": method,
         }
-        name = f"counter_accel-{os.getpid()}-{engine}.db"
+        name = _FILES.replace("*", f"{os.getpid()}-{engine}")
         self._values = MmapedDict(str(Path(folder) / name)) if folder else None
 
     def add(self, name: str, amount: int, **labels: str) -> None:
@@ -63,20 +65,32 @@ class CounterFile:
 
 
 class _Reader:
-    """What process 0 registers: the counter files, summed at every scrape."""
+    """What process 0 registers: the newest engine's counters, read at every scrape."""
 
-    def __init__(self, folder: str) -> None:
-        self._files = MultiProcessCollector(None, folder)
+    def __init__(self) -> None:
+        self.folder = Path()
 
-    def collect(self) -> Iterator[Metric]:
-        yield from self._files.collect()
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not read files."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Our own files only: others in the folder have their own way out."""
+        files = [str(f) for f in self.folder.glob(_FILES) if f.stat().st_size]
+        metrics: Iterable[Metric] = MultiProcessCollector.merge(files)
+        return metrics
+
+
+_reader = _Reader()
 
 
 def open_reader() -> None:
-    """Makes the counters of engines started from now on visible in this process."""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(FOLDER_VARIABLE):
-        return
-    folder = tempfile.mkdtemp(prefix="vllm_accel_metrics_")
+    """Makes the counters of the engine started next visible in this process."""
+    if _reader.folder == Path():
+        REGISTRY.register(_reader)
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    folder = shared or tempfile.mkdtemp(prefix="vllm_accel_metrics_")
+    if not shared:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[FOLDER_VARIABLE] = folder
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    REGISTRY.register(_Reader(folder))
+    _reader.folder = Path(folder)

@@ -1,5 +1,6 @@
 """What cannot work with our methods yet, refused by name before anything is loaded."""
 
+from importlib.metadata import entry_points
 from typing import Any
 
 from vllm import envs
@@ -63,11 +64,25 @@ def _checks(
             "--no-async-scheduling",
         ),
         (
+            "logits processors of its own",
+            bool(engine_args.logits_processors) or _has_processor_plugins(),
+            "none, because vLLM drops them when it speculates",
+        ),
+        (
+            "watermarks",
+            engine_args.watermark_config is not None,
+            "no --watermark-config",
+        ),
+        (
             "Model Runner V2",
             bool(envs.VLLM_USE_V2_MODEL_RUNNER),
             "VLLM_USE_V2_MODEL_RUNNER unset",
         ),
     ]
+
+
+def _has_processor_plugins() -> bool:
+    return bool(entry_points(group="vllm.logits_processors"))
 
 
 def _lm_head_is_quantised(model_config: Any) -> bool:

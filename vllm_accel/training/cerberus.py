@@ -82,7 +82,9 @@ def train(run: TrainingRun) -> dict[str, Any]:
         train_dataset=training,
         data_collator=data.collate,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None
+    )
     return _finish(run, folder, model, held_out)
 
 
@@ -105,6 +107,7 @@ def _arguments(run: TrainingRun, work: Path) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.0,
+        train_sampling_strategy="group_by_length",
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         save_steps=run.save_steps,
@@ -150,9 +153,7 @@ def _finish(
 
 
 @torch.no_grad()
-def _self_test_acceptance(
-    model: FrozenBaseWithHeads, test: checkpoint.SelfTest
-) -> float:
+def _self_test_acceptance(model: FrozenBaseWithHeads, test: checkpoint.SelfTest) -> float:
     states = test.hidden_states.to(next(model.heads.parameters()))
     drafts = model.base.lm_head(model.heads(states)).argmax(dim=-1).cpu()
     return round(test.accepted(drafts), 4)

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vllm_accel.errors import ConfigError
 
 IGNORED = -100
 """Label of a token no head is asked for."""
 
-Row = tuple[list[int], list[int]]
-"""Token ids, and labels: the same ids, `IGNORED` where no target."""
+Row = dict[str, list[int]]
+"""{"input_ids", "labels"}: labels are the same ids, `IGNORED` where no target."""
 
 
 def read_rows(files: Iterable[Path], tokenizer: Any, row_tokens: int) -> list[Row]:
@@ -56,12 +57,15 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
 
     Padding needs no mask: attention is causal, and padded labels are ignored.
     """
-    longest = max(len(ids) for ids, _ in rows)
-    pad = lambda ids, fill: ids + [fill] * (longest - len(ids))  # noqa: E731
     return {
-        "input_ids": torch.tensor([pad(ids, 0) for ids, _ in rows]),
-        "labels": torch.tensor([pad(labels, IGNORED) for _, labels in rows]),
+        "input_ids": _padded([row["input_ids"] for row in rows], 0),
+        "labels": _padded([row["labels"] for row in rows], IGNORED),
     }
+
+
+def _padded(lists: list[list[int]], fill: int) -> Tensor:
+    tensors = [torch.tensor(ids) for ids in lists]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 def _text_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
@@ -89,11 +93,12 @@ def _continuation(item: dict[str, list[int]], row_tokens: int) -> Iterator[Row]:
     prompt, said = item["prompt_ids"], item["token_ids"]
     labels = [IGNORED] * len(prompt) + said
     if len(said) > 1:
-        yield (prompt + said)[-row_tokens:], labels[-row_tokens:]
+        ids = prompt + said
+        yield {"input_ids": ids[-row_tokens:], "labels": labels[-row_tokens:]}
 
 
 def _windows(ids: list[int], row_tokens: int) -> Iterator[Row]:
     for first in range(0, len(ids), row_tokens):
         window = ids[first : first + row_tokens]
         if len(window) > 1:
-            yield window, window
+            yield {"input_ids": window, "labels": window}

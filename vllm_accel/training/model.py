@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.training.cross_entropy import frozen_linear_cross_entropy
 from vllm_accel.training.data import IGNORED
 
 HEAD_WEIGHT_DECAY = 0.8  # Medusa's lambda_k = 0.8^k (arXiv 2401.10774, section 2.2)
@@ -39,10 +39,12 @@ class FrozenBaseWithHeads(nn.Module):
             [targets(labels, head) for head in range(self.heads.draft_tokens)]
         )
         rows = (asked != IGNORED).any(dim=0)
-        logits = self.base.lm_head(self.heads(states[rows]))
         losses = [
-            HEAD_WEIGHT_DECAY**head * F.cross_entropy(logits[head].float(), wanted)
-            for head, wanted in enumerate(asked[:, rows])
+            HEAD_WEIGHT_DECAY**head
+            * frozen_linear_cross_entropy(said, self.base.lm_head.weight, wanted)
+            for head, (said, wanted) in enumerate(
+                zip(self.heads(states[rows]), asked[:, rows], strict=True)
+            )
         ]
         return {"loss": torch.stack(losses).sum()}
 

@@ -42,12 +42,35 @@ def apply() -> None:
             )
         except AccelError as error:
             if cli_names.used_by_command_line:
-                sys.stderr.write(f"vllm: error: {error}\n")
-                sys.exit(2)
+                _end_with_one_line(error)
             raise
 
     create_speculative_config.vllm_accel_original = original
     EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _refuse_our_keys(method: Any, settings: dict[str, Any]) -> None:
+    """Says what is missing when our settings come without our method's name."""
+    ours = sorted(settings.keys() & {"gate", "entropy_threshold", "check_base"})
+    if ours and method is None:
+        raise ConfigError(
+            f"{ours[0]!r} is a setting of vllm_accel but no method is named: expected "
+            "'method': 'cerberus' beside it; on the command line add "
+            "--speculative-config.method cerberus."
+        )
+
+
+def _end_with_one_line(error: AccelError) -> None:
+    """Lets `error`, when nobody catches it, end the command without a traceback."""
+    otherwise = sys.excepthook
+
+    def excepthook(kind: Any, raised: Any, traceback: Any) -> None:
+        if raised is not error:
+            return otherwise(kind, raised, traceback)
+        sys.stderr.write(f"vllm: error: {error}\n")
+        raise SystemExit(2)
+
+    sys.excepthook = excepthook
 
 
 def remove() -> None:
@@ -67,7 +90,10 @@ def requested(engine_args: EngineArgs) -> dict[str, Any] | None:
         if (value := getattr(engine_args, attribute)) is not None
     }
     settings = {"method": config} if isinstance(config, str) else dict(config or {})
-    if not is_ours(settings.get("method", flags.get("method"))):
+    settings = {key.replace("-", "_"): value for key, value in settings.items()}
+    method = settings.get("method", flags.get("method"))
+    if not is_ours(method):
+        _refuse_our_keys(method, settings)
         return None
     for key in settings.keys() & flags.keys():
         raise ConfigError(

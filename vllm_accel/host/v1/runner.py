@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.host.report import attach
-from vllm_accel.speculate import DraftBook
+from vllm_accel.speculate import DraftBook, draft_room
 
 
 class CerberusRunnerMixin:
@@ -26,7 +27,9 @@ class CerberusRunnerMixin:
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         """Keeps the logits for the gate; without drafts, samples as plain vLLM does."""
-        self._target_logits = logits
+        # The plain sampler edits float32 logits in place; any other type it copies.
+        in_place = logits is not None and logits.dtype == torch.float32
+        self._target_logits = logits.clone() if in_place else logits
         if spec_decode_metadata is not None and not any(
             spec_decode_metadata.num_draft_tokens
         ):
@@ -76,9 +79,7 @@ class CerberusRunnerMixin:
         )
         for i, draft in enumerate(drafts):
             if draft:
-                self._book.note(
-                    self.input_batch.req_ids[i], self._num_tokens(i), draft
-                )
+                self._book.note(self.input_batch.req_ids[i], self._num_tokens(i), draft)
         return drafts
 
     def _settle(
@@ -99,12 +100,15 @@ class CerberusRunnerMixin:
         return int(self.input_batch.num_tokens_no_spec[i])
 
     def _room(self, i: int) -> int:
-        """Drafts request `i` can still use: the target adds one token to any draft."""
+        """Drafts request `i` can still use."""
         state = self.requests[self.input_batch.req_ids[i]]
-        end = self.max_model_len
-        if state.sampling_params is not None and state.sampling_params.max_tokens:
-            end = min(end, state.num_prompt_tokens + state.sampling_params.max_tokens)
-        return end - self._num_tokens(i) - 1
+        return draft_room(
+            num_tokens=self._num_tokens(i),
+            num_prompt_tokens=state.num_prompt_tokens,
+            max_model_len=self.max_model_len,
+            max_tokens=state.sampling_params.max_tokens,
+            min_tokens=state.sampling_params.min_tokens,
+        )
 
 
 def last_accepted_rows(

@@ -62,14 +62,11 @@ class AccelScheduler(Scheduler):
         add("vllm:accel_request_steps", len(given))
         add("vllm:accel_output_tokens", sum(given))
 
-    def _observe(
-        self, scheduler_output: Any, report: StepReport, given: list[int]
-    ) -> None:
+    def _observe(self, scheduler_output: Any, report: StepReport, given: list[int]) -> None:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         lengths = scheduler_output.num_scheduled_tokens
         all_decode = all(
-            tokens == 1 + len(drafts.get(req_id, ()))
-            for req_id, tokens in lengths.items()
+            tokens == 1 + len(drafts.get(req_id, ())) for req_id, tokens in lengths.items()
         )
         seconds = time.monotonic() - self._last_step_end if all_decode else None
         self._summary.add(report, given, bool(drafts), seconds)
@@ -104,7 +101,10 @@ class _Summary:
         self._open += sum(n for (state, _), n in report.gate.items() if state == "open")
         if seconds is not None and given:
             self._benefit.add(
-                num_reqs=len(given), drafting=drafting, tokens=sum(given), seconds=seconds
+                num_reqs=len(given),
+                drafting=drafting,
+                tokens=sum(given),
+                seconds=seconds,
             )
 
     def log_when_due(self) -> None:

@@ -1,0 +1,46 @@
+# make setup check test demo: what README says, and all that CI does.
+# On CUDA: make setup EXTRA=cuda
+
+PYTHON ?= python3
+EXTRA ?= cpu
+BIN := .venv/bin
+CPU_TORCH ?= torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := check
+.NOTPARALLEL:
+.PHONY: setup check test demo clean
+
+setup: .venv/ready-$(EXTRA)
+
+.venv/ready-$(EXTRA): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python %d.%d is too old: expected 3.11 or newer; use make PYTHON=python3.11" \
+	  % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifeq ($(EXTRA),cpu)
+	$(BIN)/pip install '$(CPU_TORCH)' || \
+	  $(BIN)/pip install '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX)
+endif
+	$(BIN)/pip install -e '.[$(EXTRA),train,dev]'
+	$(BIN)/vllm-accel doctor --fix
+	touch $@
+
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	@git ls-files -z '*.py' | xargs -0 awk \
+	  'FNR == 401 { print FILENAME ": longer than 400 lines"; long = 1 } END { exit long }'
+
+test:
+	$(BIN)/pytest tests
+
+demo:
+	$(BIN)/python examples/demo.py
+
+clean:  # leaves .venv: it is slow to make again
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

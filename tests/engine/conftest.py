@@ -1,0 +1,100 @@
+"""Engines in processes of their own, and the models they serve."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_accel.testing import write_tiny_model, write_untrained_heads
+
+HERE = Path(__file__).parent
+REFERENCE = HERE.parents[1] / "examples" / "reference_model" / "weights"
+
+# In-process engine: one boot is seconds. Split-KV off: see the law in the README.
+ENVIRONMENT = {
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(arguments, env={}, text="") -> CompletedProcess, in the tests' world."""
+
+    def run(arguments, *, env=None, text="", timeout=600):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | ENVIRONMENT | (env or {}),
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def printed(run_python):
+    """printed(arguments, env={}) -> what a script printed as JSON after RESULT."""
+
+    def run(arguments, env=None):
+        done = run_python(arguments, env=env)
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = [s for s in done.stdout.splitlines() if s.startswith("RESULT ")]
+        return json.loads(lines[-1].removeprefix("RESULT "))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def generate(tmp_path_factory, run_python):
+    """generate(engine_arguments, batches, env={}) -> {"batches", "metrics"}."""
+
+    def run(engine, batches, env=None):
+        result = tmp_path_factory.mktemp("engine") / "result.json"
+        defaults = {
+            "max_model_len": 512,
+            "kv_cache_memory_bytes": 2**27,
+            "enforce_eager": True,
+            "seed": 0,
+        }
+        task = {"engine": defaults | engine, "batches": batches}
+        done = run_python(
+            [HERE / "run_engine.py", result],
+            env=env,
+            text=json.dumps(task),
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(result.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    return str(REFERENCE)
+
+
+@pytest.fixture(scope="session")
+def reference_prompts():
+    """Token ids of held-out code, as many prompts as are asked for, of mixed lengths."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    lines = (REFERENCE.parent / "prompts" / "code.jsonl").read_text().splitlines()
+    return [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(model folder, heads folder): random weights, heads that repeat the next token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = write_tiny_model(folder / "model")
+    return str(model), str(write_untrained_heads(folder / "heads", model))

@@ -1,0 +1,145 @@
+"""Bad configs end at start-up with one sentence; on the command line with exit code 2."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_accel.testing import write_tiny_model, write_untrained_heads
+
+pytestmark = pytest.mark.engine
+
+TRY_ALL = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+
+said = {}
+for name, arguments in json.load(sys.stdin).items():
+    try:
+        EngineArgs(
+            enforce_eager=True, skip_tokenizer_init=True, **arguments
+        ).create_engine_config()
+        said[name] = ["", "accepted"]
+    except Exception as error:
+        said[name] = [type(error).__name__, str(error)]
+print("RESULT", json.dumps(said))
+"""
+
+CERBERUS = {"method": "cerberus"}
+FOREIGN_SCHEDULER = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+FOREIGN_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+CASES = {
+    "free": ({"speculative_config": "free"}, "'free' is not in this version"),
+    "lazyllm": ({"spec_method": "lazyllm"}, "'lazyllm' is not in this version"),
+    "key": ({"speculative_config": CERBERUS | {"gats": 1}}, "did you mean 'gate'"),
+    "gate": ({"speculative_config": CERBERUS | {"gate": "x"}}, "is not a gate"),
+    "gate path": (
+        {"speculative_config": CERBERUS | {"gate": "no.such.gate"}},
+        "cannot be made",
+    ),
+    "drafts": (
+        {"speculative_config": CERBERUS | {"num_speculative_tokens": 9}},
+        "expected 1..4",
+    ),
+    "twice": (
+        {"speculative_config": CERBERUS, "spec_method": "cerberus"},
+        "given twice",
+    ),
+    "our key, no method": (
+        {"speculative_config": {"gate": "never", "num_speculative_tokens": 4}},
+        "no method is named",
+    ),
+    "no heads": (
+        {"speculative_config": CERBERUS | {"model": "/no/such/folder"}},
+        "neither a folder nor a repository",
+    ),
+    "worker": (
+        {"speculative_config": CERBERUS, "worker_cls": FOREIGN_WORKER},
+        "derives from vllm_accel.host.v1.cpu_worker.AccelCPUWorker",
+    ),
+    "scheduler": (
+        {"speculative_config": CERBERUS, "scheduler_cls": FOREIGN_SCHEDULER},
+        "derives from vllm_accel.host.v1.scheduler.AccelScheduler",
+    ),
+    "lora": ({"speculative_config": CERBERUS, "enable_lora": True}, "with LoRA"),
+    "pipeline": (
+        {"speculative_config": CERBERUS, "pipeline_parallel_size": 2},
+        "pipeline parallelism",
+    ),
+    "async": (
+        {"speculative_config": CERBERUS, "async_scheduling": True},
+        "async scheduling",
+    ),
+    "processors": (
+        {"speculative_config": CERBERUS, "logits_processors": ["a.b:C"]},
+        "logits processors",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with its heads beside it."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("refusals") / "model")
+    write_untrained_heads(folder / "cerberus", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(run_python, model, tmp_path_factory):
+    wide = write_tiny_model(tmp_path_factory.mktemp("wide") / "m", hidden_size=128)
+    heads = write_untrained_heads(wide / "cerberus", wide)
+    cases = {name: arguments for name, (arguments, _) in CASES.items()}
+    cases["width"] = {"speculative_config": CERBERUS | {"model": str(heads)}}
+    cases["ngram"] = {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
+    }
+    cases["ours"] = {"speculative_config": "cerberus"}
+    cases = {name: {"model": str(model)} | args for name, args in cases.items()}
+    done = run_python(["-c", TRY_ALL], text=json.dumps(cases))
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(s for s in done.stdout.splitlines() if s.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_cannot_work_is_refused_in_one_sentence(said, name):
+    kind, message = said[name]
+    assert kind in ("ConfigError", "CheckpointError", "UnsupportedHost")
+    assert CASES[name][1] in message
+    assert "expected" in message
+    assert "\n" not in message
+
+
+def test_heads_of_another_width_are_refused(said):
+    assert re.search("hidden_size=128, the model .* has 64", said["width"][1])
+
+
+def test_vllms_own_methods_and_ours_are_accepted(said):
+    assert said["ngram"][1] == said["ours"][1] == "accepted"
+
+
+VLLM = Path(sys.executable).with_name("vllm")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--speculative-config", "free"], "'free' is not in this version"),
+        (["-sc", '{"method": "cerberus", "gate": "x"}'], "is not a gate"),
+        (["--spec-method", "cerberus", "--spec-tokens", "9"], "expected 1..4"),
+    ],
+)
+def test_vllm_serve_ends_with_one_line_and_exit_code_2(
+    run_python, model, options, sentence
+):
+    serve = [VLLM, "serve", model, "--skip-tokenizer-init", "--enforce-eager"]
+    done = run_python([*serve, *options])
+    assert done.returncode == 2, done.stderr[-3000:]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("vllm: error: ")
+    assert sentence in line
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from vllm_accel.cerberus.heads import CerberusHeads
+
+HIDDEN = 32
+
+
+def make(draft_tokens=4, blocks=2, cross_links=True, noise=0.2):
+    torch.manual_seed(0)
+    heads = CerberusHeads(
+        draft_tokens=draft_tokens,
+        blocks=blocks,
+        hidden_size=HIDDEN,
+        cross_links=cross_links,
+    )
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=noise)
+    return heads
+
+
+def one_by_one(heads, hidden):
+    """The equation of papers.md 1.2, head by head: the reference for the batched form."""
+    silu = torch.nn.functional.silu
+    states = [
+        hidden + silu(hidden @ w.T + b)
+        for w, b in zip(heads.weights[0], heads.biases[0], strict=True)
+    ]
+    for weights, biases in zip(heads.weights[1:], heads.biases[1:], strict=True):
+        before = [hidden, *states[:-1]]
+        read = [torch.cat(pair, dim=-1) for pair in zip(states, before, strict=True)]
+        if not heads.cross_links:
+            read = states
+        states = [
+            x + silu(r @ w.T + b)
+            for x, r, w, b in zip(states, read, weights, biases, strict=True)
+        ]
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("cross_links", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_the_batched_form_is_the_equation(blocks, cross_links):
+    heads = make(blocks=blocks, cross_links=cross_links)
+    hidden = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(heads(hidden), one_by_one(heads, hidden))
+
+
+def test_zero_weights_give_the_targets_own_state():
+    hidden = torch.randn(5, HIDDEN)
+    states = make(noise=0.0)(hidden)
+    assert torch.equal(states, hidden.expand(4, -1, -1))
+
+
+def test_a_head_reads_the_one_before_it_and_no_later_one():
+    hidden = torch.randn(3, HIDDEN)
+    heads = make()
+    before = heads(hidden)
+    heads.weights[0].data[1] += 1.0
+    changed = (heads(hidden) != before).flatten(1).any(dim=1)
+    assert changed.tolist() == [False, True, True, False]
+
+
+def test_without_cross_links_heads_are_independent():
+    hidden = torch.randn(3, HIDDEN)
+    heads = make(cross_links=False)
+    before = heads(hidden)
+    heads.weights[0].data[1] += 1.0
+    changed = (heads(hidden) != before).flatten(1).any(dim=1)
+    assert changed.tolist() == [False, True, False, False]
+
+
+def test_keeping_the_first_heads_keeps_their_answers():
+    hidden = torch.randn(3, HIDDEN)
+    heads = make()
+    before = heads(hidden)
+    heads.keep_first(2)
+    torch.testing.assert_close(heads(hidden), before[:2])

@@ -1,0 +1,402 @@
+"""patches/ledger.toml tells the truth about the installed vLLM and about our code."""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = ROOT / "vllm_accel" / "host"
+DIFFS = sorted((ROOT / "patches" / "upstream").glob("*.patch"))
+
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+MODEL_CONFIG = "vllm.config.model:ModelConfig"
+PARALLEL_CONFIG = "vllm.config.parallel:ParallelConfig"
+VLLM_CONFIG = "vllm.config.vllm:VllmConfig"
+INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
+
+OUR_CLASSES = {
+    "v1/runner.py:CerberusRunnerMixin": [RUNNER],
+    "v1/scheduler.py:AccelScheduler": [SCHEDULER],
+    "v1/cpu_worker.py:AccelCPUWorker": [
+        "vllm.v1.worker.cpu_worker:CPUWorker",
+        "vllm.v1.worker.gpu_worker:Worker",
+        "vllm.v1.worker.worker_base:WorkerBase",
+    ],
+    "v1/gpu_worker.py:AccelGPUWorker": [
+        "vllm.v1.worker.gpu_worker:Worker",
+        "vllm.v1.worker.worker_base:WorkerBase",
+    ],
+}
+"""Our classes that take the place of vLLM's, and those, the nearest base first."""
+
+VLLM_OBJECTS = {
+    "current_platform": "vllm.platforms.interface:Platform.",
+    "engine_args": ENGINE_ARGS + ".",
+    "envs": "vllm.envs:",
+    "model_config": MODEL_CONFIG + ".",
+    "parallel_config": PARALLEL_CONFIG + ".",
+    "scheduler_output": "vllm.v1.core.sched.output:SchedulerOutput.",
+    "self._model_config": MODEL_CONFIG + ".",
+    "self.input_batch": INPUT_BATCH + ":InputBatch.",
+    "self.scheduler_config": "vllm.config.scheduler:SchedulerConfig.",
+    "spec_decode_metadata": "vllm.v1.spec_decode.metadata:SpecDecodeMetadata.",
+    "state": INPUT_BATCH + ":CachedRequestState.",
+    "state.sampling_params": "vllm.sampling_params:SamplingParams.",
+    "vllm": "vllm:",
+    "vllm_config": VLLM_CONFIG + ".",
+    "vllm_config.model_config": MODEL_CONFIG + ".",
+    "vllm_config.parallel_config": PARALLEL_CONFIG + ".",
+}
+"""Names our code gives to vLLM's objects, and what they are."""
+
+ADD = "add it to patches/ledger.toml, see patches/README.md"
+
+
+def load_ledger():
+    file = ROOT / "patches" / "ledger.py"
+    spec = importlib.util.spec_from_file_location("patches_ledger", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ledger = load_ledger()
+TOUCHES = ledger.load()
+TARGETS = {touch.target for touch in TOUCHES}
+PLACES = {touch.where for touch in TOUCHES}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="the ledger is about vLLM"
+)
+
+
+def by_name(value):
+    return getattr(value, "id", None) or Path(str(value)).stem
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=by_name)
+def test_the_target_is_as_it_was_when_we_read_it(touch):
+    assert ledger.fingerprint(touch.target) == touch.fingerprint, touch.why
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=by_name)
+def test_our_side_of_a_touch_exists(touch):
+    file, _, symbol = touch.where.partition(":")
+    assert ledger.defined_in(ROOT / file, symbol)
+
+
+def test_every_entry_says_what_it_must():
+    ids = [touch.id for touch in TOUCHES]
+    assert len(set(ids)) == len(ids)
+    for touch in TOUCHES:
+        kinds = {"H": "hook", "S": "seam", "O": "override"}
+        assert touch.kind == kinds[touch.id[0]]
+        assert touch.process in ("main", "engine", "worker", "every", "doctor")
+        assert touch.why
+        assert touch.remove_when
+        assert touch.kind != "hook" or touch.diff
+
+
+def test_the_ledger_is_about_the_supported_version():
+    supported = ledger.defined_in(HOST / "compat.py", "SUPPORTED")[0].value.value
+    assert {touch.versions for touch in TOUCHES} == {supported}
+
+
+def test_check_passes(capsys):
+    assert ledger.check() == 0
+    assert f"{len(TOUCHES)} touches, 0 not as written" in capsys.readouterr().out
+
+
+# Diffs
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=by_name)
+def test_diff_applies_and_leaves_valid_python(diff, tmp_path):
+    assert ledger.apply(diff, tmp_path) == ""
+    changed = list(tmp_path.rglob("*.py"))
+    assert changed
+    for file in changed:
+        ast.parse(file.read_text())
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=by_name)
+def test_diff_names_the_entries_it_removes(diff):
+    named = re.search(r"^Removes from the ledger: (.*)$", diff.read_text(), re.M)
+    theirs = [touch.id for touch in TOUCHES if touch.diff == f"upstream/{diff.name}"]
+    assert named.group(1).split() == theirs
+
+
+def test_every_diff_of_an_entry_exists():
+    diffs = {f"upstream/{diff.name}" for diff in DIFFS}
+    assert {touch.diff for touch in TOUCHES} - {""} == diffs
+
+
+def test_a_diff_that_does_not_apply_is_told(tmp_path):
+    diff = tmp_path / "stale.patch"
+    stale = DIFFS[1].read_text().replace("def init_device", "def start_device")
+    diff.write_text(stale)
+    assert "patch does not apply" in ledger.apply(diff, tmp_path / "copy")
+
+
+# Fingerprints
+
+
+CODE = '''
+class Host:
+    """Says hello."""
+
+    limit: int = 3
+
+    def greet(self, name="you"):
+        """Greets."""
+        # politely
+        self.greeted = name
+        return f"hello {name}"
+'''
+
+
+@pytest.fixture
+def fingerprint(tmp_path, monkeypatch):
+    """Fingerprint of a target in a temporary module of the given code."""
+    package = tmp_path / "ledger_test_host"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('never imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def of(target, code):
+        (package / "module.py").write_text(code)
+        return ledger.fingerprint(f"ledger_test_host.module:{target}")
+
+    return of
+
+
+@pytest.mark.parametrize("target", ["Host", "Host.greet"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Greets.", "Greets somebody."),
+        ('        """Greets."""\n', ""),
+        ("# politely", "# very politely"),
+        ('f"hello {name}"', "(f'hello {name}')"),
+    ],
+)
+def test_documentation_and_layout_do_not_change_a_fingerprint(
+    fingerprint, target, old, new
+):
+    assert fingerprint(target, CODE.replace(old, new)) == fingerprint(target, CODE)
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new"),
+    [
+        ("Host.greet", "hello", "goodbye"),
+        ("Host.greet", 'name="you"', "name"),
+        ("Host.limit", "3", "4"),
+        ("Host.greeted", "= name", "= name.lower()"),
+        ("Host", "Host:", "Host(Base):"),
+    ],
+)
+def test_code_changes_a_fingerprint(fingerprint, target, old, new):
+    assert fingerprint(target, CODE.replace(old, new)) != fingerprint(target, CODE)
+
+
+@pytest.mark.parametrize("target", ["Guest", "Host.leave", "Guest.greet", "greeted"])
+def test_a_missing_target_is_an_error(fingerprint, target):
+    with pytest.raises(ledger.LedgerError, match=target):
+        fingerprint(target, CODE)
+
+
+def test_a_missing_module_is_an_error():
+    with pytest.raises(ledger.LedgerError, match=r"no_such_package\.module"):
+        ledger.fingerprint("no_such_package.module:name")
+
+
+# Nothing of vLLM is touched without an entry
+
+
+def our_files():
+    return sorted(file for file in HOST.rglob("*.py") if file.name != "__init__.py")
+
+
+def relative(file):
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports_vllm(file):
+    return re.search(r"^\s*(from|import) vllm\b", file.read_text(), re.M)
+
+
+@pytest.mark.parametrize("file", our_files(), ids=by_name)
+def test_a_file_that_imports_vllm_has_an_entry(file):
+    if imports_vllm(file):
+        files = {place.partition(":")[0] for place in PLACES}
+        assert relative(file) in files, ADD
+
+
+@pytest.mark.parametrize("file", sorted((HOST / "hooks").glob("[!_]*.py")), ids=by_name)
+def test_a_hook_has_an_entry(file):
+    hooks = {touch.where for touch in TOUCHES if touch.kind == "hook"}
+    assert f"{relative(file)}:apply" in hooks, ADD
+
+
+def base_of(name, bases):
+    """The nearest base that defines a name, as a target."""
+    for base in bases:
+        module, _, cls = base.partition(":")
+        if ledger.defined_in(ledger.source_file(module), f"{cls}.{name}"):
+            return f"{base}.{name}"
+    return None
+
+
+def methods_of(cls):
+    return [node for node in cls.body if isinstance(node, ast.FunctionDef)]
+
+
+def attributes_of_self(cls):
+    """Names after `self.`, in any method."""
+    nodes = [node for node in ast.walk(cls) if isinstance(node, ast.Attribute)]
+    return sorted({node.attr for node in nodes if ast.unparse(node.value) == "self"})
+
+
+@pytest.mark.parametrize("ours", OUR_CLASSES)
+def test_an_overridden_method_has_an_entry(ours):
+    file, _, name = ours.partition(":")
+    (cls,) = ledger.defined_in(HOST / file, name)
+    for method in methods_of(cls):
+        if base_of(method.name, OUR_CLASSES[ours]):
+            where = f"{relative(HOST / file)}:{name}.{method.name}"
+            assert where in PLACES, ADD
+
+
+@pytest.mark.parametrize("ours", OUR_CLASSES)
+def test_an_attribute_shared_with_vllm_has_an_entry(ours):
+    file, _, name = ours.partition(":")
+    (cls,) = ledger.defined_in(HOST / file, name)
+    for attribute in attributes_of_self(cls):
+        target = base_of(attribute, OUR_CLASSES[ours])
+        assert target is None or target in TARGETS, ADD
+
+
+def test_every_class_in_the_place_of_vllms_is_known_here():
+    found = set()
+    for file in our_files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and is_vllms(node, file):
+                found.add(f"{file.relative_to(HOST).as_posix()}:{node.name}")
+    assert found | {"v1/runner.py:CerberusRunnerMixin"} == set(OUR_CLASSES)
+
+
+def is_vllms(cls, file):
+    """Whether a class of this file derives from something imported from vLLM."""
+    imported = re.findall(r"^from vllm\.\S+ import (\w+)$", file.read_text(), re.M)
+    return any(ast.unparse(base) in imported for base in cls.bases)
+
+
+@pytest.mark.parametrize("file", our_files(), ids=by_name)
+def test_what_we_read_of_vllms_objects_has_an_entry(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in VLLM_OBJECTS:
+            target = VLLM_OBJECTS[ast.unparse(node.value)] + node.attr
+            assert target in TARGETS, ADD
+
+
+# What is no longer needed goes
+
+
+def code_of(target):
+    return ledger.source(target)
+
+
+def json_only():
+    setting = "vllm_kwargs['speculative_config']['type'] = optional_type(json.loads)"
+    return setting in code_of(f"{ENGINE_ARGS}.add_cli_args")
+
+
+def methods_are_a_closed_list():
+    annotation = code_of("vllm.config.speculative:SpeculativeConfig.method")
+    names = code_of("vllm.config.speculative:SpeculativeMethod")
+    return "| str" not in annotation and "cerberus" not in names
+
+
+def nobody_asks_for_amx():
+    worker = ledger.source_file("vllm.v1.worker.cpu_worker").read_text()
+    return "_init_amx" not in worker
+
+
+def custom_class_gets_tokens_only():
+    code = code_of(f"{RUNNER}.propose_draft_token_ids")
+    branch = code.partition("spec_config.method == 'custom_class'")[2]
+    return "hidden_states" not in branch.partition("elif")[0]
+
+
+def drafting_stops_for_the_whole_batch():
+    return "max_seq_len" in code_of(f"{RUNNER}._input_fits_in_drafter")
+
+
+def padding_has_no_switch_of_its_own():
+    condition = "self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None"
+    return condition in code_of(f"{SCHEDULER}.schedule")
+
+
+def the_sampler_is_chosen_by_metadata_alone():
+    code = code_of(f"{RUNNER}._sample")
+    return "if spec_decode_metadata is None:" in code and "num_draft_tokens" not in code
+
+
+def the_workers_runner_is_made_by_name():
+    code = code_of("vllm.v1.worker.cpu_worker:CPUWorker.init_device")
+    return "CPUModelRunner(self.vllm_config" in code
+
+
+def step_output_has_no_field_for_plugins():
+    (output,) = ledger.definitions("vllm.v1.outputs:ModelRunnerOutput")
+    fields = [ast.unparse(n) for n in output.body if isinstance(n, ast.AnnAssign)]
+    return not any("Any" in field or "plugin" in field for field in fields)
+
+
+STILL_NEEDED = {
+    "H01": json_only,
+    "H02": methods_are_a_closed_list,
+    "H03": nobody_asks_for_amx,
+    "O01": the_sampler_is_chosen_by_metadata_alone,
+    "O03": drafting_stops_for_the_whole_batch,
+    "O04": custom_class_gets_tokens_only,
+    "O06": step_output_has_no_field_for_plugins,
+    "O07": the_workers_runner_is_made_by_name,
+    "O31": padding_has_no_switch_of_its_own,
+}
+"""What in upstream's source makes each of these necessary."""
+
+
+@pytest.mark.parametrize("touch_id", STILL_NEEDED)
+def test_the_touch_is_still_needed(touch_id):
+    (touch,) = [touch for touch in TOUCHES if touch.id == touch_id]
+    assert STILL_NEEDED[touch_id](), f"remove {touch.where}: {touch.remove_when}"
+
+
+def test_every_hook_has_a_proof_of_need():
+    hooks = {touch.id for touch in TOUCHES if touch.kind == "hook"}
+    assert hooks <= STILL_NEEDED.keys()
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=by_name)
+def test_once_merged_a_diff_makes_its_touches_unneeded(diff, tmp_path, monkeypatch):
+    assert ledger.apply(diff, tmp_path) == ""
+    installed = ledger.source_file
+
+    def merged(module):
+        file = tmp_path / f"{module.replace('.', '/')}.py"
+        return file if file.is_file() else installed(module)
+
+    monkeypatch.setattr(ledger, "source_file", merged)
+    theirs = [touch.id for touch in TOUCHES if touch.diff == f"upstream/{diff.name}"]
+    proven = [touch_id for touch_id in theirs if touch_id in STILL_NEEDED]
+    assert proven
+    assert not any(STILL_NEEDED[touch_id]() for touch_id in proven)

@@ -1,0 +1,134 @@
+"""Small real models, heads and gates to try things with: public, not mocks.
+
+`write_tiny_model` and `write_untrained_heads` give folders vLLM serves like any other.
+The gates are for `"gate": "vllm_accel.testing:AlternatingGate"`.
+"""
+
+import random
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_accel.cerberus import base_model, checkpoint
+from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.gating.signals import Signals
+
+
+class AlternatingGate:
+    """Open on every other decision, counted over all requests."""
+
+    reason = "alternating"
+
+    def __init__(self) -> None:
+        self._decisions = count()
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] True, False, True, ..."""
+        return [next(self._decisions) % 2 == 0 for _ in range(len(signals))]
+
+
+class RandomGate:
+    """Open by the toss of a coin, the same one on every run."""
+
+    reason = "random"
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] True with probability one half."""
+        return [self._random.random() < 0.5 for _ in range(len(signals))]
+
+
+def write_tiny_model(
+    folder: Path,
+    *,
+    vocab_size: int = 64,
+    hidden_size: int = 64,
+    layers: int = 2,
+    scale: float = 0.3,
+    seed: int = 0,
+) -> Path:
+    """A Llama with random weights large enough to be worth testing, no tokenizer.
+
+    Args:
+        folder: made if missing.
+        vocab_size: at least 2; token 0 is never special.
+        hidden_size: a multiple of 64; heads are 32 wide.
+        layers: decoder layers.
+        scale: standard deviation of every matrix. vLLM's own dummy weights are about
+            1e-3, which makes any two runs agree.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        max_position_embeddings=1024,
+        initializer_range=scale,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_untrained_heads(
+    folder: Path,
+    base: Path,
+    *,
+    draft_tokens: int = 4,
+    blocks: int = 2,
+    noise: float = 0.0,
+    **config: Any,
+) -> Path:
+    """Heads that fit a model but learnt nothing: they draft its next token again.
+
+    Args:
+        folder: made if missing.
+        base: folder of the model.
+        draft_tokens: number of heads.
+        blocks: residual blocks per head.
+        noise: standard deviation of the weights; 0 leaves them at zero.
+        config: values of `checkpoint.HeadsConfig` to write instead of the true ones.
+
+    Returns:
+        The folder.
+    """
+    lm_head = base_model.lm_head_weight(base).float()
+    vocab_size, hidden_size = lm_head.shape
+    torch.manual_seed(0)
+    heads = CerberusHeads(draft_tokens=draft_tokens, blocks=blocks, hidden_size=hidden_size)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=noise)
+    states = torch.randn(16, hidden_size).bfloat16().float()
+    said = (states @ lm_head.T).argmax(dim=-1)
+    values: dict[str, Any] = {
+        "format": checkpoint.FORMAT,
+        "draft_tokens": draft_tokens,
+        "blocks": blocks,
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "cross_links": True,
+        "base_name": base.name,
+        "base_fingerprint": base_model.fingerprint(base),
+        "entropy_threshold": 2.0,
+        "accepted_per_step": 0.0,
+    }
+    test = checkpoint.SelfTest(states, said[:, None].repeat(1, 1 + draft_tokens))
+    checkpoint.save(folder, checkpoint.HeadsConfig(**(values | config)), heads, test)
+    return folder
