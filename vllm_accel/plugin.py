@@ -4,6 +4,7 @@ Installed but off, this is all there is: a permission for AMX tiles and the door
 lets our method names reach us. `VLLM_ACCEL_DISABLE=1` removes the door too.
 """
 
+import logging
 import os
 
 
@@ -11,6 +12,12 @@ def register() -> None:
     """Opens the door; called once per process by vLLM, harmless when called again."""
     if os.environ.get("VLLM_ACCEL_DISABLE") == "1":
         return
-    from vllm_accel.host import door
+    try:
+        from vllm_accel.host import door
 
-    door.open_door()
+        door.open_door()
+    except (ImportError, AttributeError) as error:
+        # A vLLM whose door we do not know must start all the same: we may not be wanted.
+        logging.getLogger("vllm.vllm_accel").warning(
+            "vllm_accel cannot attach to this vLLM and stays off: %s", error
+        )

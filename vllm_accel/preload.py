@@ -23,7 +23,7 @@ def find_libiomp5() -> str | None:
 
     None where it is missing, or where vLLM does not use it: off Linux and off x86.
     """
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+    if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
     return _usable(Path(sys.prefix) / "lib" / "libiomp5.so")
 

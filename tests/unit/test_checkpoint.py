@@ -112,6 +112,10 @@ DAMAGE = {
         lambda f: (f / "self_test.safetensors").unlink(),
         "is missing or damaged",
     ),
+    "foreign self-test": (
+        lambda f: save_file({"x": torch.zeros(1)}, f / "self_test.safetensors"),
+        "expected hidden_states and token_ids",
+    ),
     "heads that lost their skill": (
         lambda f: edit_config(f, accepted_per_step=40.0),
         "fail their self-test",

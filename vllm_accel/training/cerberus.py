@@ -17,7 +17,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_accel.cerberus import base_model, checkpoint, location
+from vllm_accel.cerberus.checkpoint import MAX_BLOCKS
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import ConfigError
 from vllm_accel.training import data, evaluate
 from vllm_accel.training.model import FrozenBaseWithHeads
@@ -45,6 +47,14 @@ class TrainingRun:
     draft_cost: float = 0.35
     save_steps: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, most in (("draft_tokens", MAX_DRAFT_TOKENS), ("blocks", MAX_BLOCKS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is out of range: expected 1..{most}; "
+                    "change it."
+                )
 
 
 class HeadsTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here

@@ -2,6 +2,7 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_accel.host.hooks import cpu_expand
 from vllm_accel.host.v1.runner import dress
 
 
@@ -11,4 +12,5 @@ class AccelCPUWorker(CPUWorker):
     def init_device(self) -> None:
         """See `vllm.v1.worker.worker_base.WorkerBase.init_device`."""
         super().init_device()
+        cpu_expand.apply()
         dress(self.model_runner)
