@@ -64,6 +64,10 @@ CASES = {
         {"speculative_config": CERBERUS, "scheduler_cls": FOREIGN_SCHEDULER},
         "derives from vllm_accel.host.v1.scheduler.AccelScheduler",
     ),
+    "no such scheduler": (
+        {"speculative_config": CERBERUS, "scheduler_cls": "no.such.Scheduler"},
+        "derives from vllm_accel.host.v1.scheduler.AccelScheduler",
+    ),
     "lora": ({"speculative_config": CERBERUS, "enable_lora": True}, "with LoRA"),
     "pipeline": (
         {"speculative_config": CERBERUS, "pipeline_parallel_size": 2},

@@ -1,4 +1,4 @@
-"""Above temperature 0 the target's distribution is kept."""
+"""Above temperature 0 the target's distribution is kept, and greedy neighbours too."""
 
 import numpy as np
 import pytest
@@ -65,3 +65,21 @@ def test_sampled_tokens_follow_the_targets_distribution(generate, repetitive):
     expected = np.append(expected[~rare], expected[rare].sum())
     assert len(expected) > 50
     assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_a_greedy_request_beside_sampled_ones_keeps_its_tokens(generate, repetitive):
+    model, heads = repetitive
+    engine = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 64,
+    }
+    cerberus = {"method": "cerberus", "model": str(heads), "gate": "always"}
+    greedy = {"temperature": 0.0, "max_tokens": 40, "detokenize": False}
+    sampled = greedy | {"temperature": 1.0}
+    batch = {"prompts": [PROMPT] * 8, "sampling": [greedy, sampled] * 4}
+    plain = generate(engine, [batch])["batches"][0]
+    ours = generate(engine | {"speculative_config": cerberus}, [batch])["batches"][0]
+    tokens = [[r["token_ids"] for r in rows[::2]] for rows in (plain, ours)]
+    assert tokens[0] == tokens[1]

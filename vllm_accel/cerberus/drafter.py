@@ -23,6 +23,9 @@ NO_ROOM = "no_room"
 class StepReport:
     """What one step decided and learnt; travels from the worker to the scheduler."""
 
+    req_ids: list[str] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
+    """Per request, the tokens to verify next."""
     gate: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Requests by (state, reason): state is open or closed."""
     draft_lengths: Counter[int] = field(default_factory=Counter)

@@ -104,14 +104,20 @@ def _check_shape(folder: Any, heads: checkpoint.HeadsConfig, model_config: Any) 
 def _ours_or_derived(name: str, given: Any, ours: str) -> Any:
     if given in (None, "auto", ours):
         return ours
-    cls = resolve_name(given) if isinstance(given, str) else given
-    derives = isinstance(cls, type) and issubclass(cls, resolve_name(ours))
-    if not derives:
+    if not _derives(given, ours):
         raise ConfigError(
-            f"{name}={given} cannot be used with cerberus: expected nothing, or a class "
+            f"{name}={given!r:.80} cannot be used with cerberus: expected none or a class "
             f"that derives from {ours}; derive it, or switch cerberus off."
         )
     return given
+
+
+def _derives(given: Any, ours: str) -> bool:
+    try:
+        cls = resolve_name(given) if isinstance(given, str) else given
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return isinstance(cls, type) and issubclass(cls, resolve_name(ours))
 
 
 @contextmanager

@@ -17,6 +17,11 @@ def loaded(additional_config: dict[str, Any] | None, config: CerberusConfig) -> 
     return {**(additional_config or {}), KEY: config.to_dict()}
 
 
+def is_loaded(vllm_config: VllmConfig) -> bool:
+    """Whether an engine is ours."""
+    return KEY in vllm_config.additional_config
+
+
 def unloaded(vllm_config: VllmConfig) -> CerberusConfig:
     """Our config, in whichever process this is."""
     return parse(vllm_config.additional_config[KEY])

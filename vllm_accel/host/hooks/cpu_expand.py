@@ -3,7 +3,8 @@
 vLLM 0.32's CPU kernel behind it writes into an int64 copy of its output, which nobody
 copies back: temperature, top-k and top-p of the drafted rows stay uninitialised memory,
 and sampled tokens follow no distribution at all (any speculative method, temperature
-above 0). Greedy requests do not pass here.
+above 0). Batches in which every request is greedy do not pass here; a greedy request
+beside a sampled one does, and may get another token.
 """
 
 import torch

@@ -80,6 +80,8 @@ class CerberusRunnerMixin:
         for i, draft in enumerate(drafts):
             if draft:
                 self._book.note(self.input_batch.req_ids[i], self._num_tokens(i), draft)
+        self._report.req_ids = list(self.input_batch.req_ids)
+        self._report.drafts = drafts
         return drafts
 
     def _settle(

@@ -5,9 +5,11 @@ import time
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 
 from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.gating.benefit import Benefit
+from vllm_accel.host.hooks import drafts_with_output
 from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.report import attached
 
@@ -22,6 +24,7 @@ class AccelScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._never_pad()
+        drafts_with_output.apply()
         self._counters = CounterFile(self.vllm_config, "cerberus")
         self._summary = _Summary()
         self._last_step_end = time.monotonic()
@@ -36,10 +39,11 @@ class AccelScheduler(Scheduler):
         self.dynamic_sd_lookup = [self.num_spec_tokens] * batch_sizes
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Counts what requests were given and what the worker reports."""
+        """Takes the drafts that came with the output; counts what requests were given."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         report = attached(model_runner_output)
         if report is not None:
+            self.update_draft_token_ids(DraftTokenIds(report.req_ids, report.drafts))
             given = [
                 len(output.new_token_ids)
                 for engine_outputs in outputs.values()
