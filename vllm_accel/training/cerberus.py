@@ -14,7 +14,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_accel.cerberus import base_model, checkpoint, location
 from vllm_accel.cerberus.checkpoint import MAX_BLOCKS
@@ -92,10 +91,15 @@ def train(run: TrainingRun) -> dict[str, Any]:
         train_dataset=training,
         data_collator=data.collate,
     )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None
-    )
+    trainer.train(resume_from_checkpoint=_last_complete_checkpoint(work))
     return _finish(run, folder, model, held_out)
+
+
+def _last_complete_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint; the Trainer writes its state last, so none half written."""
+    states = work.glob("checkpoint-*/trainer_state.json")
+    steps = {int(state.parent.name.partition("-")[2]): state.parent for state in states}
+    return str(steps[max(steps)]) if steps else None
 
 
 def _new_heads(run: TrainingRun, hidden_size: int) -> CerberusHeads:
