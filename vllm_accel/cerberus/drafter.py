@@ -107,6 +107,7 @@ class CerberusDrafter:
     def _tokens(self, hidden_states: Tensor) -> list[list[int]]:
         states = self._heads(hidden_states)
         heads, num_reqs, _ = states.shape
-        best = self._lm_head(states.flatten(0, 1)).argmax(dim=-1)
+        # On CPU max() finds the place several times faster than argmax().
+        best = self._lm_head(states.flatten(0, 1)).max(dim=-1).indices
         token_ids: list[list[int]] = best.view(heads, num_reqs).T.tolist()
         return token_ids

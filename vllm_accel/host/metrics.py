@@ -51,6 +51,7 @@ class CounterFile:
             "engine": str(engine),
             "method": method,
         }
+        self._keys: dict[tuple[str, ...], str] = {}
         name = _FILES.replace("*", f"{os.getpid()}-{engine}")
         self._values = MmapedDict(str(Path(folder) / name)) if folder else None
 
@@ -58,10 +59,19 @@ class CounterFile:
         """Adds to one counter; `name` is a key of `HELP`."""
         if self._values is None or amount == 0:
             return
-        labels = self._labels | labels
-        key = mmap_key(name, f"{name}_total", list(labels), labels.values(), HELP[name])
+        key = self._key(name, labels)
         value, _ = self._values.read_value(key)
         self._values.write_value(key, value + amount, 0.0)
+
+    def _key(self, name: str, labels: dict[str, str]) -> str:
+        """The file's key of a counter; made once, it is JSON."""
+        known = (name, *labels.values())
+        if known not in self._keys:
+            all_labels = self._labels | labels
+            self._keys[known] = mmap_key(
+                name, f"{name}_total", list(all_labels), all_labels.values(), HELP[name]
+            )
+        return self._keys[known]
 
 
 class _Reader:

@@ -33,6 +33,7 @@ class CerberusProposer:
         _, heads = checkpoint.load(folder)
         heads.keep_first(self._config.num_speculative_tokens)
         heads.to(dtype=self._model_config.dtype, device=next(target.parameters()).device)
+        heads.lay_out_for_inference()
         gate = make_gate(
             self._config.gate, entropy_threshold=self._config.entropy_threshold
         )
