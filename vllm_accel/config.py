@@ -62,6 +62,12 @@ class CerberusConfig:
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self.num_speculative_tokens)
         _check_gate(self.gate)
+        if self.model == "" or (self.revision is not None and self.model is None):
+            raise ConfigError(
+                f"cerberus.model={self.model!r} with revision={self.revision!r} names no "
+                "heads: expected a folder or hub id, and a revision only beside a hub id; "
+                "leave both out for the model's own folder 'cerberus'."
+            )
         if self.entropy_threshold is not None and not self.entropy_threshold > 0:
             raise ConfigError(
                 f"cerberus.entropy_threshold={self.entropy_threshold} is out of range: "
@@ -78,7 +84,7 @@ class CerberusConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ConfigError(
                     f"Unknown key {key!r} for method 'cerberus': "
@@ -162,7 +168,7 @@ def _check_draft_tokens(count: int | None) -> None:
 
 
 def _check_gate(gate: str) -> None:
-    if gate in ("entropy", "always", "never") or "." in gate:
+    if gate in ("entropy", "always", "never") or "." in gate or ":" in gate:
         return
     raise ConfigError(
         f"cerberus.gate={gate!r} is not a gate: expected entropy, always, never or the "

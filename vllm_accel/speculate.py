@@ -5,7 +5,7 @@ A method proposes tokens for a request at a position; the engine may shorten the
 what was verified to what was proposed by (request, position, token id), never by order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
@@ -62,10 +62,10 @@ class DraftBook:
         accepted = min(num_sampled - 1, len(verified))
         return Verdict(req_id, position, len(token_ids), len(verified), accepted)
 
-    def forget(self, req_ids: Sequence[str]) -> None:
-        """Drops the drafts of requests that ended or were preempted."""
-        for req_id in req_ids:
-            self._drafts.pop(req_id, None)
+    def keep_only(self, req_ids: Container[str]) -> None:
+        """Drops the drafts of requests that ended."""
+        for req_id in [known for known in self._drafts if known not in req_ids]:
+            del self._drafts[req_id]
 
 
 def draft_room(
@@ -89,13 +89,3 @@ def draft_room(
     if num_tokens < first_free:
         end = min(end, first_free)
     return end - num_tokens - 1
-
-
-def common_prefix(draft: Sequence[int], target: Sequence[int]) -> int:
-    """Number of leading tokens on which both agree: greedy verification."""
-    count = 0
-    for ours, theirs in zip(draft, target, strict=False):
-        if ours != theirs:
-            break
-        count += 1
-    return count

@@ -75,6 +75,10 @@ def put_nan(state):
     state["weights.0"][0, 0, 0] = float("nan")
 
 
+def to_integers(state):
+    state["weights.0"] = state["weights.0"].int()
+
+
 DAMAGE = {
     "no folder": (shutil.rmtree, "No heads in"),
     "no config": (lambda f: (f / "config.json").unlink(), "No heads in"),
@@ -89,6 +93,22 @@ DAMAGE = {
     ),
     "unknown key": (lambda f: edit_config(f, colour=1), "unknown ['colour']"),
     "wrong type": (lambda f: edit_config(f, blocks="2"), "is a str, expected int"),
+    "negative width": (
+        lambda f: edit_config(f, hidden_size=-4),
+        "hidden_size=-4 is out of range",
+    ),
+    "width beyond reason": (
+        lambda f: edit_config(f, hidden_size=100_000),
+        "do not belong together",
+    ),
+    "threshold not a number": (
+        lambda f: edit_config(f, entropy_threshold=float("nan")),
+        "entropy_threshold=nan is out of range",
+    ),
+    "whole-number weights": (
+        lambda f: edit_weights(f, to_integers),
+        "holds no usable weights",
+    ),
     "no heads at all": (lambda f: edit_config(f, draft_tokens=0), "expected 1..16"),
     "fewer heads": (lambda f: edit_config(f, draft_tokens=2), "do not belong together"),
     "more blocks": (lambda f: edit_config(f, blocks=3), "do not belong together"),
@@ -107,7 +127,7 @@ DAMAGE = {
         lambda f: edit_weights(f, drop_tensor),
         "'biases.1' has no such tensor",
     ),
-    "NaN": (lambda f: edit_weights(f, put_nan), "holds NaN or infinity"),
+    "NaN": (lambda f: edit_weights(f, put_nan), "holds no usable weights"),
     "no self-test": (
         lambda f: (f / "self_test.safetensors").unlink(),
         "is missing or damaged",
@@ -117,7 +137,7 @@ DAMAGE = {
         "expected hidden_states and token_ids",
     ),
     "heads that lost their skill": (
-        lambda f: edit_config(f, accepted_per_step=40.0),
+        lambda f: edit_config(f, accepted_per_step=15.0),
         "fail their self-test",
     ),
     "another base": (

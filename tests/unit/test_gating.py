@@ -22,7 +22,7 @@ def test_entropy_ignores_forbidden_tokens():
 
 def test_raising_the_threshold_never_admits_fewer():
     torch.manual_seed(0)
-    signals = Signals(torch.randn(50, 20) * 3)
+    signals = Signals(torch.randn(50, 20) * 3, range(50))
     admitted = [
         set(
             torch.tensor(EntropyThreshold(nats).admit(signals)).nonzero().flatten().tolist()
@@ -35,7 +35,7 @@ def test_raising_the_threshold_never_admits_fewer():
 
 @pytest.mark.parametrize(("name", "open_"), [("always", True), ("never", False)])
 def test_constant_gates_do_not_look_at_signals(name, open_):
-    signals = Signals(torch.zeros(3, 4))
+    signals = Signals(torch.zeros(3, 4), range(3))
     assert make_gate(name, entropy_threshold=1.0).admit(signals) == [open_] * 3
     assert "entropy" not in vars(signals)
 

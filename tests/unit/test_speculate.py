@@ -36,8 +36,9 @@ def test_tokens_nobody_drafted_teach_nothing():
 def test_requests_that_end_leave_the_book():
     book = DraftBook()
     book.note("a", 10, [5])
-    book.forget(["a", "never seen"])
-    assert len(book) == 0
+    book.note("b", 3, [6])
+    book.keep_only({"b": "still running"})
+    assert len(book) == 1
 
 
 def room(num_tokens, **limits):

@@ -48,7 +48,10 @@ def test_padding_is_no_target():
     assert batch["labels"].tolist() == [[1, -100], [2, 3]]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"token_ids": [1]}', "7"])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"token_ids": [1]}', '{"prompt_ids": [1], "token_ids": [0.5, 2]}', "7"],
+)
 def test_a_broken_line_is_named(tmp_path, line):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt_ids": [1], "token_ids": [2, 3]}\n' + line)
@@ -58,7 +61,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="No training file"):
-        data.read_rows([tmp_path / "none.txt"], tokenizer=None, row_tokens=8)
+        data.check_files([tmp_path / "none.txt"])
 
 
 def test_held_out_rows_are_never_trained_on():

@@ -22,8 +22,8 @@ _LM_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
 def fingerprint(folder: Path) -> str:
     """Identity of a model's weights: 16 hex digits.
 
-    Covers name, shape and first row (as bfloat16) of every tensor, so copies in another
-    float type share it and a fine-tuned model does not.
+    Covers name, shape and first row (as bfloat16) of every tensor, so a float32 and a
+    bfloat16 copy share it and a fine-tuned model does not.
 
     Raises:
         CheckpointError: the folder holds no readable safetensors.
@@ -63,7 +63,7 @@ def _tensors(folder: Path) -> list[tuple[Path, str]]:
     """(file, tensor name) of every tensor, sorted by name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names = _weight_map(index)
         return sorted(((folder / f, n) for n, f in names.items()), key=lambda t: t[1])
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -76,6 +76,17 @@ def _tensors(folder: Path) -> list[tuple[Path, str]]:
         with _opened(file) as weights:
             found += [(file, name) for name in weights.keys()]  # noqa: SIM118  not a dict
     return sorted(found, key=lambda t: t[1])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in names.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of safetensors files ({error!r}): expected a "
+            "'weight_map' of tensor names to files; download the model again."
+        ) from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from vllm_accel.errors import CheckpointError
 
 FORMAT = "vllm_accel.cerberus.1"
 MAX_BLOCKS = 8
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_BASE_AGREEMENT = 0.9
 _MIN_ACCEPTANCE_SHARE = 0.5
 
@@ -108,15 +109,15 @@ def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
     """
     config = load_config(folder)
     state = _load_tensors(folder / "model.safetensors")
-    heads = CerberusHeads(
-        draft_tokens=config.draft_tokens,
-        blocks=config.blocks,
-        hidden_size=config.hidden_size,
-        cross_links=config.cross_links,
-    )
+    with torch.device("meta"):  # shapes only, until they are known to be right
+        heads = CerberusHeads(
+            draft_tokens=config.draft_tokens,
+            blocks=config.blocks,
+            hidden_size=config.hidden_size,
+            cross_links=config.cross_links,
+        )
     _check_state(folder, heads.state_dict(), state)
-    heads.to(next(iter(state.values())).dtype)
-    heads.load_state_dict(state)
+    heads.load_state_dict(state, assign=True)
     return config, heads.requires_grad_(False)
 
 
@@ -163,7 +164,7 @@ def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
     file = folder / "self_test.safetensors"
     tensors = _load_tensors(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    rows = shapes.get("hidden_states", (0,))[0]
+    rows = next(iter(shapes.get("hidden_states", ())), 0)
     expected = {
         "hidden_states": (rows, config.hidden_size),
         "token_ids": (rows, 1 + config.draft_tokens),
@@ -197,16 +198,22 @@ def _checked_config(file: Path, values: Any) -> HeadsConfig:
                 f"{file}: {key}={values[key]!r} is a {type(values[key]).__name__}, "
                 f"expected {kind.__name__}; copy the heads again."  # type: ignore[union-attr]
             )
-    _check_range(file, values, "draft_tokens", MAX_DRAFT_TOKENS)
-    _check_range(file, values, "blocks", MAX_BLOCKS)
+    _check_range(file, values, "draft_tokens", 1, MAX_DRAFT_TOKENS)
+    _check_range(file, values, "blocks", 1, MAX_BLOCKS)
+    _check_range(file, values, "hidden_size", 1, 2**20)
+    _check_range(file, values, "vocab_size", 1, 2**31)
+    _check_range(file, values, "entropy_threshold", 0.0, 1e3)
+    _check_range(file, values, "accepted_per_step", 0.0, MAX_DRAFT_TOKENS)
     return HeadsConfig(**values)
 
 
-def _check_range(file: Path, values: dict[str, Any], key: str, most: int) -> None:
-    if not 1 <= values[key] <= most:
+def _check_range(
+    file: Path, values: dict[str, Any], key: str, least: float, most: float
+) -> None:
+    if not least <= values[key] <= most:
         raise CheckpointError(
-            f"{file}: {key}={values[key]} is out of range: expected 1..{most}; copy the "
-            "heads again."
+            f"{file}: {key}={values[key]} is out of range: expected {least:g}..{most:g}; "
+            "copy the heads again."
         )
 
 
@@ -221,10 +228,12 @@ def _check_state(
                 f"{folder}/model.safetensors: tensor {name!r} has {got}, expected {want} "
                 "by config.json; the two files do not belong together, copy both again."
             )
-        if not torch.isfinite(state[name]).all():
+        dtype = state[name].dtype
+        if dtype not in _FLOATS or not torch.isfinite(state[name]).all():
             raise CheckpointError(
-                f"{folder}/model.safetensors: tensor {name!r} holds NaN or infinity: "
-                "expected finite weights; train or copy the heads again."
+                f"{folder}/model.safetensors: tensor {name!r} ({dtype}) holds no usable "
+                "weights: expected finite bfloat16, float16 or float32; train or copy the "
+                "heads again."
             )
 
 

@@ -97,8 +97,7 @@ class CerberusDrafter:
     ) -> list[int]:
         if not able:
             return []
-        picked = torch.tensor([rows[i] for i in able], device=logits.device)
-        admitted = self._gate.admit(Signals(logits[picked]))
+        admitted = self._gate.admit(Signals(logits, [rows[i] for i in able]))
         open_ = [i for i, yes in zip(able, admitted, strict=True) if yes]
         report.gate["open", self._gate.reason] += len(open_)
         report.gate["closed", self._gate.reason] += len(able) - len(open_)

@@ -86,4 +86,4 @@ def _by_head(
     heads: int,
 ) -> Tensor:
     """[heads, num_tokens, hidden_size]"""
-    return update.view(update.shape[0], heads, -1).transpose(0, 1)
+    return update.view(update.shape[0], heads, update.shape[1] // heads).transpose(0, 1)

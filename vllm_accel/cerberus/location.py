@@ -21,13 +21,13 @@ def heads_folder(heads: str | None, *, base: str, revision: str | None = None) -
     Args:
         heads: folder or hub id; None looks in the model's own folder `cerberus`.
         base: folder or hub id of the model.
-        revision: of the hub repository `heads`.
+        revision: of the hub repository, the heads' own or the model's.
 
     Raises:
         CheckpointError: there is no such folder or repository.
     """
     if heads is None:
-        return _of_model(base)
+        return _of_model(base, revision)
     if Path(heads).is_dir():
         return Path(heads)
     return _download(heads, revision, _FILES)
@@ -42,11 +42,11 @@ def model_folder(base: str, revision: str | None = None) -> Path:
     return Path(base) if Path(base).is_dir() else _download(base, revision, _FILES)
 
 
-def _of_model(base: str) -> Path:
+def _of_model(base: str, revision: str | None) -> Path:
     if Path(base).is_dir():
         return Path(base) / DEFAULT_SUBFOLDER
     patterns = [f"{DEFAULT_SUBFOLDER}/{pattern}" for pattern in _FILES]
-    return _download(base, None, patterns) / DEFAULT_SUBFOLDER
+    return _download(base, revision, patterns) / DEFAULT_SUBFOLDER
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -14,7 +14,11 @@ from vllm_accel.gating.signals import Signals
 
 
 class Gate(Protocol):
-    """Decides, per request and step, whether the heads draft."""
+    """Decides, per request and step, whether the heads draft.
+
+    The answer may depend on the signals and on earlier answers only: under tensor
+    parallelism every rank asks its own copy, and all must agree.
+    """
 
     reason: str
     """Label of this gate's decisions in the metrics."""
@@ -76,12 +80,13 @@ def make_gate(name: str, *, entropy_threshold: float) -> Gate:
 def _imported(path: str) -> Gate:
     try:
         gate: Any = resolve_name(path)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(
             f"Gate {path!r} cannot be made ({error}): expected entropy, always, never "
             "or the dotted path of an importable class that takes no arguments."
         ) from error
-    if not callable(getattr(gate, "admit", None)) or not hasattr(gate, "reason"):
+    admits = callable(getattr(gate, "admit", None))
+    if not admits or not isinstance(getattr(gate, "reason", None), str):
         raise ConfigError(
             f"Gate {path!r} is not a gate: expected members `reason` and "
             "`admit(signals)`; see vllm_accel.gating.policy.Gate."

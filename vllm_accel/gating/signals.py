@@ -1,5 +1,6 @@
 """What a gate may look at, computed only when it does."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -23,14 +24,16 @@ class Signals:
 
     def __init__(
         self,
-        logits: Tensor,  # [num_reqs, vocab] the target's, at the last accepted token
+        logits: Tensor,  # [num_rows, vocab] the target's
+        rows: Sequence[int],  # per request, the row of its last accepted token
     ) -> None:
         self._logits = logits
+        self._rows = rows
 
     def __len__(self) -> int:
-        return self._logits.shape[0]
+        return len(self._rows)
 
     @cached_property
     def entropy(self) -> Tensor:
         """[num_reqs] float32, nats."""
-        return entropy(self._logits)
+        return entropy(self._logits[torch.tensor(self._rows, device=self._logits.device)])

@@ -15,6 +15,7 @@ from vllm_accel.config import CerberusConfig, parse
 from vllm_accel.errors import CheckpointError, ConfigError
 from vllm_accel.gating.policy import make_gate
 from vllm_accel.host import carrier, compat, metrics, refuse
+from vllm_accel.host.heads import folder_of
 
 logger = logging.getLogger("vllm.vllm_accel")
 
@@ -65,9 +66,7 @@ def with_heads(config: CerberusConfig, model_config: Any) -> CerberusConfig:
         CheckpointError: the heads are missing, broken, or of another model.
         ConfigError: more tokens are asked for than there are heads.
     """
-    folder = location.heads_folder(
-        config.model, base=model_config.model, revision=config.revision
-    )
+    folder = folder_of(config, model_config)
     heads = checkpoint.load_config(folder)
     _check_shape(folder, heads, model_config)
     count = config.num_speculative_tokens or heads.draft_tokens
@@ -139,12 +138,13 @@ def _as_custom_class(engine_args: EngineArgs, config: CerberusConfig) -> Iterato
 
 
 def _announce(config: CerberusConfig) -> None:
+    below = f" (below {config.entropy_threshold:.3g} nats)"
     logger.info(
-        "cerberus is on: heads %s, up to %d drafts a step, gate %s (below %.3g nats). %s",
+        "cerberus is on: heads %s, up to %d drafts a step, gate %s%s. %s",
         config.model or "beside the model",
         config.num_speculative_tokens,
         config.gate,
-        config.entropy_threshold,
+        below if config.gate == "entropy" else "",
         "Greedy tokens are plain vLLM's."
         if current_platform.is_cpu()
         else "On this device plain vLLM runs Model Runner V2 and cerberus V1: whether it "

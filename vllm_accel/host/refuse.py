@@ -1,5 +1,6 @@
 """What cannot work with our methods yet, refused by name before anything is loaded."""
 
+import re
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -81,6 +82,12 @@ def _checks(
     ]
 
 
+def _names_lm_head(entry: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry.removeprefix("re:"), "lm_head") is not None
+    return entry == "lm_head"
+
+
 def _has_processor_plugins() -> bool:
     return bool(entry_points(group="vllm.logits_processors"))
 
@@ -93,5 +100,5 @@ def _lm_head_is_quantised(model_config: Any) -> bool:
         return True
     config = model_config.hf_config.to_dict().get("quantization_config") or {}
     if config.get("quant_method") == "compressed-tensors":
-        return "lm_head" not in config.get("ignore", [])
+        return not any(_names_lm_head(entry) for entry in config.get("ignore") or [])
     return bool(config.get("lm_head"))

@@ -1,5 +1,6 @@
 """`vllm-accel train cerberus`: heads on a frozen base, by transformers' Trainer."""
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -77,14 +78,16 @@ def train(run: TrainingRun) -> dict[str, Any]:
     Raises:
         ConfigError: the data or the tokenizer do not fit the model.
     """
+    data.check_files(run.data)
+    work = _work_folder(run)
     folder = location.model_folder(run.model)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _check_tokenizer(tokenizer, base)
     rows = data.read_rows(run.data, tokenizer, run.row_tokens)
+    _check_vocabulary(rows, base)
     training, held_out = data.split(rows, run.held_out_rows, run.seed)
     model = FrozenBaseWithHeads(base, _new_heads(run, base.config.hidden_size))
-    work = run.output / "checkpoints"
     trainer = HeadsTrainer(
         model=model,
         args=_arguments(run, work),
@@ -93,6 +96,29 @@ def train(run: TrainingRun) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(work))
     return _finish(run, folder, model, held_out)
+
+
+def _work_folder(run: TrainingRun) -> Path:
+    """The folder of checkpoints, of this very run: resuming another would mix two."""
+    work = run.output / "checkpoints"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {run.output} cannot be written ({error}): expected a folder; name "
+            "another."
+        ) from error
+    asked = {key: str(value) for key, value in dataclasses.asdict(run).items()}
+    note = work / "run.json"
+    begun = json.loads(note.read_text()) if note.is_file() else asked
+    for key in asked:
+        if begun.get(key) != asked[key] and key not in ("output", "save_steps"):
+            raise ConfigError(
+                f"{work} belongs to a run with {key}={begun.get(key)}, not {asked[key]}: "
+                "expected the same settings to go on; name another --output or delete it."
+            )
+    note.write_text(json.dumps(asked, indent=2) + "\n")
+    return work
 
 
 def _last_complete_checkpoint(work: Path) -> str | None:
@@ -112,7 +138,6 @@ def _new_heads(run: TrainingRun, hidden_size: int) -> CerberusHeads:
 
 
 def _arguments(run: TrainingRun, work: Path) -> TrainingArguments:
-    work.mkdir(parents=True, exist_ok=True)
     return TrainingArguments(
         output_dir=str(work),
         num_train_epochs=run.epochs,
@@ -139,6 +164,11 @@ def _finish(
 ) -> dict[str, Any]:
     model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
     seen = evaluate.observe(model, held_out)
+    if len(seen.entropy) == 0:
+        raise ConfigError(
+            "No held-out token can be scored (rows too short, or none the model agrees "
+            "with): expected longer rows; give more text or raise --held-out-rows."
+        )
     test = seen.self_test()
     threshold = evaluate.best_entropy_threshold(seen, run.draft_cost)
     figures = {
@@ -171,6 +201,16 @@ def _self_test_acceptance(model: FrozenBaseWithHeads, test: checkpoint.SelfTest)
     states = test.hidden_states.to(next(model.heads.parameters()))
     drafts = model.base.lm_head(model.heads(states)).argmax(dim=-1).cpu()
     return round(test.accepted(drafts), 4)
+
+
+def _check_vocabulary(rows: list[data.Row], base: Any) -> None:
+    largest = max((max(row["input_ids"]) for row in rows), default=0)
+    if largest >= base.config.vocab_size:
+        raise ConfigError(
+            f"The data has token id {largest}, the model's vocabulary ends at "
+            f"{base.config.vocab_size - 1}: expected ids of this model's tokenizer; check "
+            "--data."
+        )
 
 
 def _check_tokenizer(tokenizer: Any, base: Any) -> None:

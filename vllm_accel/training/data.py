@@ -27,28 +27,42 @@ def read_rows(files: Iterable[Path], tokenizer: Any, row_tokens: int) -> list[Ro
     """Rows of at most `row_tokens` tokens from every file.
 
     Raises:
-        ConfigError: a file is missing, or a line is not what it should be.
+        ConfigError: a line is not what it should be.
     """
     rows: list[Row] = []
+    for file in files:
+        source = _json_rows if file.suffix == ".jsonl" else _text_rows
+        rows += source(file, tokenizer, row_tokens)
+    return rows
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Refuses files that are not there.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
     for file in files:
         if not file.is_file():
             raise ConfigError(
                 f"No training file {file}: expected text files or .jsonl; check --data."
             )
-        source = _json_rows if file.suffix == ".jsonl" else _text_rows
-        rows += source(file, tokenizer, row_tokens)
-    if not rows:
-        raise ConfigError(
-            "The training files hold no text: expected at least one row; check --data."
-        )
-    return rows
 
 
 def split(rows: list[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), shuffled by `seed`."""
+    """(training rows, held-out rows), shuffled by `seed`.
+
+    Raises:
+        ConfigError: there are too few rows to hold one out.
+    """
     rows = rows.copy()
     random.Random(seed).shuffle(rows)
     held_out = min(held_out, max(1, len(rows) // 10))
+    if len(rows) <= held_out:
+        raise ConfigError(
+            f"The training files give {len(rows)} rows: expected at least 2, one of them "
+            "held out; give more text with --data."
+        )
     return rows[held_out:], rows[:held_out]
 
 
@@ -74,8 +88,10 @@ def _text_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
 
 
 def _json_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 item = json.loads(line)
                 if "text" in item:
@@ -91,6 +107,8 @@ def _json_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
 
 def _continuation(item: dict[str, list[int]], row_tokens: int) -> Iterator[Row]:
     prompt, said = item["prompt_ids"], item["token_ids"]
+    if not all(type(token) is int and token >= 0 for token in prompt + said):
+        raise ValueError("token ids are whole numbers from 0")
     labels = [IGNORED] * len(prompt) + said
     if len(said) > 1:
         ids = prompt + said

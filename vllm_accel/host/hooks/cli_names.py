@@ -47,7 +47,7 @@ def _open_names(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if "--speculative-config" in action.option_strings:
             action.type = _or_our_name(action.type)
-        elif "--spec-method" in action.option_strings:
+        elif "--spec-method" in action.option_strings and action.choices:
             action.choices = [*action.choices, *METHODS, *PLANNED_METHODS]
 
 

@@ -5,6 +5,7 @@ the model's config is known and the engine's is not built yet.
 """
 
 import sys
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
@@ -84,10 +85,12 @@ def remove() -> None:
 def requested(engine_args: EngineArgs) -> dict[str, Any] | None:
     """What the user asked of us, all spellings merged; None when it is not for us."""
     config = engine_args.speculative_config
+    if config is not None and not isinstance(config, str | Mapping):
+        return None  # vLLM has its own words for that
     flags = {
         key: value
         for key, attribute in _FLAGS.items()
-        if (value := getattr(engine_args, attribute)) is not None
+        if (value := getattr(engine_args, attribute, None)) is not None
     }
     settings = {"method": config} if isinstance(config, str) else dict(config or {})
     settings = {key.replace("-", "_"): value for key, value in settings.items()}

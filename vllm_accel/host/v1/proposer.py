@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from vllm_accel.cerberus import checkpoint, location
+from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.drafter import CerberusDrafter, StepReport
 from vllm_accel.gating.policy import make_gate
 from vllm_accel.host import carrier
+from vllm_accel.host.heads import folder_of
 
 logger = logging.getLogger("vllm.vllm_accel")
 
@@ -25,11 +26,7 @@ class CerberusProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Loads the heads in the target's dtype; called by vLLM after the target's."""
-        folder = location.heads_folder(
-            self._config.model,
-            base=self._model_config.model,
-            revision=self._config.revision,
-        )
+        folder = folder_of(self._config, self._model_config)
         _, heads = checkpoint.load(folder)
         heads.keep_first(self._config.num_speculative_tokens)
         heads.to(dtype=self._model_config.dtype, device=next(target.parameters()).device)

@@ -27,14 +27,13 @@ class CerberusRunnerMixin:
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         """Keeps the logits for the gate; without drafts, samples as plain vLLM does."""
-        # The plain sampler edits float32 logits in place; any other type it copies.
-        in_place = logits is not None and logits.dtype == torch.float32
-        self._target_logits = logits.clone() if in_place else logits
-        if spec_decode_metadata is not None and not any(
-            spec_decode_metadata.num_draft_tokens
-        ):
-            spec_decode_metadata = None
-        return super()._sample(logits, spec_decode_metadata)
+        self._target_logits = logits
+        if spec_decode_metadata is None or any(spec_decode_metadata.num_draft_tokens):
+            return super()._sample(logits, spec_decode_metadata)
+        if logits is not None and logits.dtype == torch.float32:
+            # The plain sampler edits float32 logits in place; any other type it copies.
+            self._target_logits = logits.clone()
+        return super()._sample(logits, None)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Heads need no positions: room is a matter of each request, not of the batch.
@@ -67,7 +66,7 @@ class CerberusRunnerMixin:
     ) -> list[list[int]]:
         """Settles the last step's drafts, then drafts for this one's requests."""
         self._report = StepReport()
-        self._book.forget(scheduler_output.finished_req_ids)
+        self._book.keep_only(self.requests)
         self._settle(scheduler_output.scheduled_spec_decode_tokens, sampled_token_ids)
         num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
         drafts = self.drafter.propose(

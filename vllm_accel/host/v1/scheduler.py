@@ -69,7 +69,7 @@ class AccelScheduler(Scheduler):
     def _observe(self, scheduler_output: Any, report: StepReport, given: list[int]) -> None:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         lengths = scheduler_output.num_scheduled_tokens
-        all_decode = all(
+        all_decode = not scheduler_output.scheduled_new_reqs and all(
             tokens == 1 + len(drafts.get(req_id, ())) for req_id, tokens in lengths.items()
         )
         seconds = time.monotonic() - self._last_step_end if all_decode else None

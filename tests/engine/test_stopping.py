@@ -1,0 +1,51 @@
+"""A request ends where plain vLLM ends it, also in the middle of an accepted draft."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ENDINGS = {
+    "max_tokens": {"max_tokens": 7, "ignore_eos": True},
+    "stop string": {"max_tokens": 96, "stop": ["self.", "):", "\n\n"]},
+    "stop token": {"max_tokens": 96, "stop_token_ids": list(range(10, 60))},
+    "stop token after a minimum": {
+        "max_tokens": 96,
+        "min_tokens": 12,
+        "stop_token_ids": list(range(10, 200)),
+    },
+}
+
+
+def batches(prompts):
+    return [
+        {
+            "prompts": [ids[:120] for ids in prompts[:24]],
+            "sampling": [{"temperature": 0.0, **ending}] * 24,
+        }
+        for ending in ENDINGS.values()
+    ]
+
+
+@pytest.fixture(scope="module")
+def answers(generate, reference_model, reference_prompts):
+    """(plain's, ours)."""
+    cerberus = {"method": "cerberus", "gate": "always"}
+    return [
+        generate({"model": reference_model, **extra}, batches(reference_prompts))
+        for extra in ({}, {"speculative_config": cerberus})
+    ]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_requests_end_as_in_plain_vllm(answers, ending):
+    plain, ours = (r["batches"][list(ENDINGS).index(ending)] for r in answers)
+    assert ours == plain
+    lengths = {len(r["token_ids"]) for r in plain}
+    assert max(lengths) <= ENDINGS[ending]["max_tokens"]
+    assert min(lengths) >= ENDINGS[ending].get("min_tokens", 1)
+
+
+def test_some_of_them_end_inside_an_accepted_draft(answers):
+    metrics = answers[1]["metrics"]
+    verified = metrics["vllm:accel_request_steps"] + metrics["vllm:accel_accepted_tokens"]
+    assert verified > metrics["vllm:accel_output_tokens"]
