@@ -2,7 +2,7 @@
 # On CUDA: make setup EXTRA=cuda
 
 PYTHON ?= python3
-EXTRA ?= cpu
+EXTRA ?= $(if $(wildcard .venv/ready-cuda),cuda,cpu)
 BIN := .venv/bin
 CPU_TORCH ?= torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu

@@ -33,6 +33,10 @@ def without_loop(token_ids: list[int]) -> list[int]:
 
 
 def prompts(tokenizer, files: list[str], rows: int, rng: random.Random):
+    """Windows of the files, as many as asked; small files are passed over."""
+    files = [f for f in files if Path(f).stat().st_size > 8 * PROMPT_TOKENS]
+    if not files:
+        raise SystemExit("No file is long enough: expected some over 1 kB; check --files.")
     while rows:
         text = Path(rng.choice(files)).read_text(encoding="utf-8", errors="ignore")
         ids = tokenizer(text).input_ids

@@ -4,13 +4,13 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-GATES = [
-    "always",
-    "never",
-    "entropy",
-    "vllm_accel.testing:AlternatingGate",
-    "vllm_accel.testing:RandomGate",
-]
+GATES = {
+    "always": {"gate": "always"},
+    "never": {"gate": "never"},
+    "entropy": {"gate": "entropy", "entropy_threshold": 1.0},
+    "alternating": {"gate": "vllm_accel.testing:AlternatingGate"},
+    "random": {"gate": "vllm_accel.testing:RandomGate"},
+}
 
 ROOMY = {"enable_prefix_caching": False, "max_num_batched_tokens": 2048}
 # Chunked prefill, prefix caching, drafts cut by the token budget, preemption.
@@ -58,13 +58,19 @@ def plain(generate, reference_model, reference_prompts):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("name", "engine"), [("roomy", ROOMY), ("tight", TIGHT)])
+@pytest.mark.parametrize(
+    ("dtype", "name", "engine"),
+    [
+        ("bfloat16", "roomy", ROOMY),
+        ("bfloat16", "tight", TIGHT),
+        ("float32", "tight", TIGHT),
+    ],
+)
 def test_greedy_tokens_are_plain_vllms(
     plain, generate, reference_model, reference_prompts, dtype, name, engine, gate
 ):
     expected = plain(dtype, name, engine)
-    cerberus = {"method": "cerberus", "gate": gate}
+    cerberus = {"method": "cerberus", **GATES[gate]}
     arguments = {"model": reference_model, "dtype": dtype, **engine}
     found = generate(
         arguments | {"speculative_config": cerberus}, law_batches(reference_prompts)
@@ -76,3 +82,9 @@ def test_greedy_tokens_are_plain_vllms(
     drafted = found["metrics"].get("vllm:accel_drafted_tokens", 0)
     accepted = found["metrics"].get("vllm:accel_accepted_tokens", 0)
     assert (drafted == 0) if gate == "never" else (drafted > accepted > 0)
+    opened, closed = (
+        found["metrics"].get(f"vllm:accel_gate_decisions|reason={gate}|state={state}", 0)
+        for state in ("open", "closed")
+    )
+    assert (opened > 0) == (gate != "never")
+    assert (closed > 0) == (gate != "always")

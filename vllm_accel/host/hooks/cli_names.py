@@ -23,6 +23,7 @@ def apply() -> None:
     original = EngineArgs.add_cli_args
     if hasattr(original, "vllm_accel_original"):
         return
+    descriptor = vars(EngineArgs)["add_cli_args"]
 
     @wraps(original)
     def add_cli_args(parser: Any) -> Any:
@@ -32,15 +33,15 @@ def apply() -> None:
         _open_names(parser)
         return parser
 
-    add_cli_args.vllm_accel_original = original
+    add_cli_args.vllm_accel_original = descriptor
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
 def remove() -> None:
     """Puts the original back."""
-    original = getattr(EngineArgs.add_cli_args, "vllm_accel_original", None)
-    if original is not None:
-        EngineArgs.add_cli_args = staticmethod(original)
+    descriptor = getattr(EngineArgs.add_cli_args, "vllm_accel_original", None)
+    if descriptor is not None:
+        EngineArgs.add_cli_args = descriptor
 
 
 def _open_names(parser: argparse.ArgumentParser) -> None:
