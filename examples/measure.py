@@ -30,16 +30,22 @@ def load_prompts(tokenizer, count: int) -> list[dict]:
     return [{"prompt_token_ids": tokenizer(text).input_ids} for text in texts]
 
 
-def round_of(llm: LLM, prompts: list[dict], batch_size: int, max_tokens: int):
-    """(tokens per second, token ids): each batch's time is its own, prefill included."""
+def one_round(engines: list[LLM], prompts: list[dict], batch_size: int, max_tokens: int):
+    """([tokens per second per engine], [token ids per engine]); prefill is included.
+
+    Engines take turns batch by batch: a shared machine's speed drifts within a round.
+    """
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    llm.reset_prefix_cache()
-    said, began = [], time.perf_counter()
+    seconds, said = [0.0] * len(engines), [[] for _ in engines]
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        outputs = llm.generate(batch, sampling, use_tqdm=False)
-        said += [list(output.outputs[0].token_ids) for output in outputs]
-    return len(prompts) * max_tokens / (time.perf_counter() - began), said
+        for i, llm in enumerate(engines):
+            llm.reset_prefix_cache()
+            began = time.perf_counter()
+            outputs = llm.generate(batch, sampling, use_tqdm=False)
+            seconds[i] += time.perf_counter() - began
+            said[i] += [list(output.outputs[0].token_ids) for output in outputs]
+    return [len(prompts) * max_tokens / s for s in seconds], said
 
 
 def counts(llm: LLM) -> list[float]:
@@ -73,13 +79,12 @@ def main() -> None:
     cerberus = LLM(**common, speculative_config=args.config, disable_log_stats=False)
     prompts = load_prompts(plain.get_tokenizer(), args.prompts)
     ask = [prompts, args.batch_size, args.max_tokens]
-    for llm in (plain, cerberus):
-        round_of(llm, *ask)
+    one_round([plain, cerberus], *ask)
     before = counts(cerberus)
-    rates = []
+    rates, different = [], 0
     for _ in range(args.rounds):
-        (a, said), (b, ours), (c, _) = (round_of(e, *ask) for e in (plain, cerberus, plain))
-        different = sum(x != y for x, y in zip(said, ours, strict=True))
+        (a, b, c), said = one_round([plain, cerberus, plain], *ask)
+        different = sum(x != y for x, y in zip(said[0], said[1], strict=True))
         rates.append((a, b, c))
         print(f"plain {a:.0f}, cerberus {b:.0f}, plain again {c:.0f} tokens/s", flush=True)
     tokens, steps = (y - x for x, y in zip(before, counts(cerberus), strict=True))
