@@ -116,7 +116,8 @@ def test_completions_chat_streaming_and_metrics(
             temperature=0,
         )
         assert chat.usage.completion_tokens > 0
-    log = (tmp_path / "log").read_text()
+        # Read while it serves: stopped, vLLM may log the death of the engine it killed.
+        log = (tmp_path / "log").read_text()
     assert "cerberus is on" in log
     assert "Traceback" not in log
 
