@@ -76,9 +76,29 @@ def _train_cerberus(options: argparse.Namespace) -> int:
     from vllm_accel.training import cerberus
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    figures = cerberus.train(training_run(options))
+    run = training_run(options)
+    if options.self_generate:
+        run = _self_generated(run, options.self_generate)
+    figures = cerberus.train(run)
     print(json.dumps(figures, indent=2))
     return 0
+
+
+def _self_generated(run: "TrainingRun", rows: int) -> "TrainingRun":
+    """The same run on the model's own continuations of its data."""
+    from vllm_accel.training import cerberus
+
+    texts = cerberus.whole_texts(run)
+    file = run.output / "continuations.jsonl"
+    try:
+        from vllm_accel.host import generate
+    except ImportError as error:
+        raise AccelError(
+            f"--self-generate needs vLLM, which cannot be imported ({error}): expected an "
+            "installed vLLM 0.32; install it, or leave the option out."
+        ) from error
+    generate.continue_rows(run.model, texts, file, rows)
+    return dataclasses.replace(run, data=(file,))
 
 
 def training_run(options: argparse.Namespace) -> "TrainingRun":
@@ -146,16 +166,45 @@ def _add_train_cerberus(methods: "_Commands") -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="text, or .jsonl with text or with the model's own continuations (better)",
+        help='text; .jsonl of {"text"} or of continuations, see --self-generate',
     )
     add("--output", required=True, type=Path, help="folder to write the heads to")
+    add(
+        "--heads",
+        choices=("cerberus", "medusa"),
+        default="cerberus",
+        help="linked blocks, or Medusa's one block per head, written in vLLM's own "
+        "`medusa` format too; default cerberus",
+    )
+    add(
+        "--targets",
+        choices=("data", "base"),
+        default="data",
+        help="learn the text's tokens, or the model's own choices wherever the text "
+        "follows them; default data",
+    )
+    add(
+        "--self-generate",
+        nargs="?",
+        type=_whole(2),
+        const=4096,
+        metavar="ROWS",
+        help="first continue windows of the data with the model itself, through vLLM, and "
+        "train on that (best); ROWS: default 4096",
+    )
+    add(
+        "--own-lm-heads",
+        action="store_true",
+        help="train an LM head per head instead of using the model's",
+    )
+    add("--license", default="other", help="of the heads, for the model card")
     for name, kind, default, text in _TRAINING_OPTIONS:
         add(
             name,
             type=kind,
             default=default,
             metavar="N",
-            help=f"{text}; default {default}",
+            help=f"{text}; default {default:g}",
         )
     add(
         "--no-cross-links",
@@ -189,6 +238,7 @@ def _positive(text: str) -> float:
 _TRAINING_OPTIONS: list[tuple[str, Callable[[str], float], float, str]] = [
     ("--draft-tokens", _whole(1, MAX_DRAFT_TOKENS), 4, "heads, one per drafted token"),
     ("--blocks", _whole(1, 8), 2, "residual blocks per head"),
+    ("--draft-vocab", _whole(0), 0, "draft the N most frequent tokens only; 0: all"),
     ("--epochs", _positive, 1.0, "passes over the data"),
     ("--learning-rate", _positive, 1e-3, "AdamW's, at its peak"),
     ("--batch-size", _whole(1), 8, "rows per step and device"),

@@ -124,6 +124,8 @@ def write_untrained_heads(
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
         "cross_links": True,
+        "own_lm_heads": False,
+        "draft_vocab_size": vocab_size,
         "base_name": base.name,
         "base_fingerprint": base_model.fingerprint(base),
         "entropy_threshold": 2.0,

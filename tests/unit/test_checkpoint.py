@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -172,3 +173,23 @@ def test_another_model_of_the_same_shape_is_another_base(heads_folder, tmp_path)
     other = write_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="expected the same weights"):
         checkpoint.check_against_base(heads_folder, other)
+
+
+def test_a_limited_vocabulary_survives_saving(heads_folder, tmp_path):
+    config, heads = checkpoint.load(heads_folder)
+    heads.limit_vocabulary(torch.tensor([3, 5, 8]))
+    config = dataclasses.replace(config, draft_vocab_size=3)
+    test = checkpoint.SelfTest(torch.zeros(1, 64), torch.zeros(1, 5, dtype=torch.int32))
+    checkpoint.save(tmp_path / "few", config, heads, test)
+    _, again = checkpoint.load(tmp_path / "few")
+    assert again.draft_token_ids.tolist() == [3, 5, 8]
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(heads_folder, tmp_path):
+    config, heads = checkpoint.load(heads_folder)
+    heads.limit_vocabulary(torch.tensor([3, 5000]))
+    config = dataclasses.replace(config, draft_vocab_size=2)
+    test = checkpoint.SelfTest(torch.zeros(1, 64), torch.zeros(1, 5, dtype=torch.int32))
+    checkpoint.save(tmp_path / "few", config, heads, test)
+    with pytest.raises(CheckpointError, match="go from 3 to 5000"):
+        checkpoint.load(tmp_path / "few")

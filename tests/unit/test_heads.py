@@ -77,3 +77,26 @@ def test_keeping_the_first_heads_keeps_their_answers():
     heads.keep_first(2)
     heads.lay_out_for_inference()
     torch.testing.assert_close(heads(hidden), before[:2])
+
+
+def test_a_limited_vocabulary_drafts_the_best_of_its_tokens():
+    heads = make()
+    lm_head, hidden = torch.randn(50, HIDDEN), torch.randn(6, HIDDEN)
+    everything = heads.logits(heads(hidden), lambda states: states @ lm_head.T)
+    heads.limit_vocabulary(torch.arange(10, 30))
+    limited = heads.logits(heads(hidden), lambda states: states @ lm_head[10:30].T)
+    torch.testing.assert_close(limited, everything[..., 10:30])
+    best = heads.token_ids(limited.argmax(dim=-1))
+    assert torch.equal(best, 10 + everything[..., 10:30].argmax(dim=-1))
+
+
+def test_lm_heads_of_their_own_are_used_and_limited():
+    heads = CerberusHeads(
+        draft_tokens=2, blocks=1, hidden_size=HIDDEN, vocab_size=20, own_lm_heads=True
+    )
+    torch.nn.init.normal_(heads.lm_heads)
+    hidden = torch.randn(3, HIDDEN)
+    said = heads.logits(heads(hidden), lm_head=None)
+    torch.testing.assert_close(said[1], heads(hidden)[1] @ heads.lm_heads[1].T)
+    heads.limit_vocabulary(torch.tensor([3, 7]))
+    torch.testing.assert_close(heads.logits(heads(hidden), lm_head=None), said[..., [3, 7]])

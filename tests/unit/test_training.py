@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from vllm_accel import ConfigError
 from vllm_accel.training import data
 from vllm_accel.training.cross_entropy import frozen_linear_cross_entropy
-from vllm_accel.training.model import targets
+from vllm_accel.training.model import followed_targets, targets
 
 
 def test_cross_entropy_and_its_gradient_are_torchs():
@@ -69,3 +69,17 @@ def test_held_out_rows_are_never_trained_on():
     training, held_out = data.split(rows, 10, seed=0)
     assert len(held_out) == 10
     assert {r["labels"][0] for r in training} & {r["labels"][0] for r in held_out} == set()
+
+
+def test_heads_learn_the_bases_choices_only_along_texts_that_follow_it():
+    #                       place  0     1   2   3   4
+    said = torch.tensor([[-100, 11, 12, 13, 14]])  # the base's choice for each place
+    followed = torch.tensor([[False, True, True, False, True]])
+    asked = followed_targets(said, followed, heads=2)
+    assert asked[0].tolist() == [[12, 13, -100, -100, -100]]
+    assert asked[1].tolist() == [[13, -100, -100, -100, -100]]
+
+
+def test_the_most_frequent_tokens_come_in_order():
+    rows = [{"input_ids": [], "labels": [5, 9, 9, -100, -100, -100, 2, 2, 2]}]
+    assert data.most_frequent(rows, 2).tolist() == [2, 9]

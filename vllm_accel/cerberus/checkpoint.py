@@ -6,6 +6,8 @@ fail silently otherwise: every draft is rejected and serving is merely slow.
 
 import dataclasses
 import json
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_accel.cerberus import base_model
+from vllm_accel.cerberus import base_model, medusa
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "vllm_accel.cerberus.1"
 MAX_BLOCKS = 8
+UNKNOWN_BASE = "unknown"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_BASE_AGREEMENT = 0.9
 _MIN_ACCEPTANCE_SHARE = 0.5
@@ -39,6 +44,10 @@ class HeadsConfig:
     hidden_size: int
     vocab_size: int
     cross_links: bool
+    own_lm_heads: bool
+    """Heads have LM heads of their own; otherwise they use the target's."""
+    draft_vocab_size: int
+    """Tokens that can be drafted, at most `vocab_size`."""
     base_name: str
     """Name of the model the heads were trained on, for people."""
     base_fingerprint: str
@@ -65,8 +74,7 @@ class SelfTest:
 def save(folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest) -> None:
     """Writes a heads folder; `load` gives the same back."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().bfloat16().contiguous() for k, v in heads.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    save_file(_as_saved(heads), folder / "model.safetensors")
     save_file(
         {
             "hidden_states": test.hidden_states.bfloat16().contiguous(),
@@ -76,6 +84,13 @@ def save(folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest
     )
     text = json.dumps(dataclasses.asdict(config), indent=2)
     (folder / "config.json").write_text(text + "\n")
+
+
+def _as_saved(heads: CerberusHeads) -> dict[str, Tensor]:
+    return {
+        name: (value.bfloat16() if value.is_floating_point() else value.int()).contiguous()
+        for name, value in heads.state_dict().items()
+    }
 
 
 def load_config(folder: Path) -> HeadsConfig:
@@ -97,7 +112,22 @@ def load_config(folder: Path) -> HeadsConfig:
             f"{file} is not JSON ({error}): expected the file `vllm-accel train cerberus` "
             "wrote; copy the heads again."
         ) from error
+    if medusa.is_medusa(values):
+        return _medusa_config(file, medusa.read(folder, values)[0])
     return _checked_config(file, values)
+
+
+def _medusa_config(file: Path, shapes: dict[str, Any]) -> HeadsConfig:
+    """What is known of heads trained elsewhere: their shapes, not their model."""
+    values = {
+        "format": FORMAT,
+        "draft_vocab_size": shapes["vocab_size"],
+        "base_name": "",
+        "base_fingerprint": UNKNOWN_BASE,
+        "entropy_threshold": math.log(shapes["vocab_size"]),
+        "accepted_per_step": 0.0,
+    }
+    return _checked_config(file, values | shapes)
 
 
 def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
@@ -108,17 +138,30 @@ def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
             says.
     """
     config = load_config(folder)
-    state = _load_tensors(folder / "model.safetensors")
+    if config.base_fingerprint == UNKNOWN_BASE:
+        _, state = medusa.read(folder, json.loads((folder / "config.json").read_text()))
+    else:
+        state = load_tensors(folder / "model.safetensors")
     with torch.device("meta"):  # shapes only, until they are known to be right
-        heads = CerberusHeads(
-            draft_tokens=config.draft_tokens,
-            blocks=config.blocks,
-            hidden_size=config.hidden_size,
-            cross_links=config.cross_links,
-        )
+        heads = empty_heads(config)
     _check_state(folder, heads.state_dict(), state)
+    _check_token_ids(folder, state.get("draft_token_ids"), config.vocab_size)
     heads.load_state_dict(state, assign=True)
     return config, heads.requires_grad_(False)
+
+
+def empty_heads(config: HeadsConfig) -> CerberusHeads:
+    """Heads of a config's shapes, all zeros."""
+    limited = config.draft_vocab_size < config.vocab_size
+    return CerberusHeads(
+        draft_tokens=config.draft_tokens,
+        blocks=config.blocks,
+        hidden_size=config.hidden_size,
+        cross_links=config.cross_links,
+        vocab_size=config.vocab_size,
+        own_lm_heads=config.own_lm_heads,
+        draft_vocab_size=config.draft_vocab_size if limited else None,
+    )
 
 
 def check_against_base(folder: Path, base: Path) -> float:
@@ -129,6 +172,9 @@ def check_against_base(folder: Path, base: Path) -> float:
             as they did when they were trained.
     """
     config, heads = load(folder)
+    if config.base_fingerprint == UNKNOWN_BASE:
+        logger.warning("%s do not say which model they are of: not checked", folder)
+        return 0.0
     found = base_model.fingerprint(base)
     if found != config.base_fingerprint:
         raise CheckpointError(
@@ -147,8 +193,7 @@ def _run_self_test(
     matrix = lm_head.float()
     said = (test.hidden_states @ matrix.T).argmax(dim=-1)
     agreement = float(said.eq(test.token_ids[:, 0]).float().mean())
-    drafts = (heads.float()(test.hidden_states) @ matrix.T).argmax(dim=-1)
-    accepted = test.accepted(drafts)
+    accepted = test.accepted(best_drafts(heads.float(), test.hidden_states, matrix))
     expected = config.accepted_per_step
     if agreement < _MIN_BASE_AGREEMENT or accepted < _MIN_ACCEPTANCE_SHARE * expected:
         raise CheckpointError(
@@ -160,9 +205,16 @@ def _run_self_test(
     return accepted
 
 
+def best_drafts(heads: CerberusHeads, hidden_states: Tensor, lm_head: Tensor) -> Tensor:
+    """[draft_tokens, n] token ids; hidden_states: [n, hidden_size]."""
+    rows = heads.draftable_rows(lm_head)
+    logits = heads.logits(heads(hidden_states), lambda states: states @ rows.T)
+    return heads.token_ids(logits.argmax(dim=-1))
+
+
 def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
     file = folder / "self_test.safetensors"
-    tensors = _load_tensors(file)
+    tensors = load_tensors(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     rows = next(iter(shapes.get("hidden_states", ())), 0)
     expected = {
@@ -202,6 +254,7 @@ def _checked_config(file: Path, values: Any) -> HeadsConfig:
     _check_range(file, values, "blocks", 1, MAX_BLOCKS)
     _check_range(file, values, "hidden_size", 1, 2**20)
     _check_range(file, values, "vocab_size", 1, 2**31)
+    _check_range(file, values, "draft_vocab_size", 1, values["vocab_size"])
     _check_range(file, values, "entropy_threshold", 0.0, 1e3)
     _check_range(file, values, "accepted_per_step", 0.0, MAX_DRAFT_TOKENS)
     return HeadsConfig(**values)
@@ -229,6 +282,8 @@ def _check_state(
                 "by config.json; the two files do not belong together, copy both again."
             )
         dtype = state[name].dtype
+        if name == "draft_token_ids" and dtype == torch.int32:
+            continue
         if dtype not in _FLOATS or not torch.isfinite(state[name]).all():
             raise CheckpointError(
                 f"{folder}/model.safetensors: tensor {name!r} ({dtype}) holds no usable "
@@ -237,7 +292,23 @@ def _check_state(
             )
 
 
-def _load_tensors(file: Path) -> dict[str, Tensor]:
+def _check_token_ids(folder: Path, ids: Tensor | None, vocab_size: int) -> None:
+    if ids is None:
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise CheckpointError(
+            f"{folder}/model.safetensors: draft_token_ids go from {int(ids.min())} to "
+            f"{int(ids.max())}: expected ids of a vocabulary of {vocab_size}; copy the "
+            "heads again."
+        )
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -4,6 +4,8 @@ Depth j of every head needs only depth j-1 of two heads, so one depth is one bat
 product over all heads and the critical path is the number of blocks, not of heads.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +15,12 @@ class CerberusHeads(nn.Module):
     """Hidden state of the target at a token -> hidden states for the tokens after next.
 
     Head i (from 0) predicts the token i+2 places after the one whose hidden state it
-    reads: the target itself predicts the next one. A shared LM head turns states into
-    logits. Weights start at zero, where every head gives the target's own logits.
+    reads: the target itself predicts the next one. Weights start at zero, where every
+    head gives the target's own logits. Without cross-links this is Medusa (arXiv
+    2401.10774).
 
-    Without cross-links this is Medusa (arXiv 2401.10774) with a shared LM head.
+    States become logits by the target's LM head, or by LM heads of their own. Both may be
+    cut down to the tokens that are worth drafting, `draft_token_ids`.
 
     The first block reads the target's hidden state once: there a head's own state and
     its neighbour's are the same, so two weight matrices would add up to one.
@@ -26,6 +30,9 @@ class CerberusHeads(nn.Module):
         blocks: J, residual blocks per head; cross-links act from the second on.
         hidden_size: width of the target's hidden state.
         cross_links: blocks also read the state of the head before.
+        vocab_size: of the target; needed for LM heads of their own only.
+        own_lm_heads: an LM head per head, trained with it.
+        draft_vocab_size: number of tokens that can be drafted; None: all.
     """
 
     def __init__(
@@ -35,6 +42,9 @@ class CerberusHeads(nn.Module):
         blocks: int,
         hidden_size: int,
         cross_links: bool = True,
+        vocab_size: int = 0,
+        own_lm_heads: bool = False,
+        draft_vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         self.draft_tokens = draft_tokens
@@ -46,6 +56,15 @@ class CerberusHeads(nn.Module):
         self.biases = nn.ParameterList(
             torch.zeros(draft_tokens, hidden_size) for _ in widths
         )
+        rows = draft_vocab_size or vocab_size
+        self.lm_heads = (
+            nn.Parameter(torch.zeros(draft_tokens, rows, hidden_size))
+            if own_lm_heads
+            else None
+        )
+        ids = torch.arange(draft_vocab_size) if draft_vocab_size else None
+        self.draft_token_ids: Tensor | None
+        self.register_buffer("draft_token_ids", ids)
 
     def forward(
         self,
@@ -65,12 +84,42 @@ class CerberusHeads(nn.Module):
             states = states + F.silu(update)
         return states
 
+    def logits(
+        self,
+        states: Tensor,  # [draft_tokens, num_tokens, hidden_size], from `forward`
+        lm_head: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """[draft_tokens, num_tokens, tokens that can be drafted].
+
+        Args:
+            lm_head: [n, hidden_size] -> [n, tokens that can be drafted], the target's;
+                not asked where heads have their own.
+        """
+        if self.lm_heads is not None:
+            return torch.bmm(states, self.lm_heads.transpose(1, 2))
+        said: Tensor = lm_head(states.flatten(0, 1)).view(*states.shape[:2], -1)
+        return said
+
+    def draftable_rows(self, lm_head: Tensor) -> Tensor:
+        """The rows of an LM head, [vocab, hidden_size], whose tokens can be drafted."""
+        return lm_head if self.draft_token_ids is None else lm_head[self.draft_token_ids]
+
+    def token_ids(self, choices: Tensor) -> Tensor:
+        """Token ids of places in the last dimension of `logits`, any shape."""
+        ids = self.draft_token_ids
+        return choices if ids is None else ids[choices]
+
+    def limit_vocabulary(self, token_ids: Tensor) -> None:
+        """From now on drafts these tokens only; token_ids: [n] int64, ascending."""
+        self.draft_token_ids = token_ids.to(self.weights[0].device)
+        if self.lm_heads is not None:
+            self.lm_heads.data = self.lm_heads.data[:, self.draft_token_ids].contiguous()
+
     def keep_first(self, draft_tokens: int) -> None:
         """Drops the heads after the first few; links only ever read earlier heads."""
         self.draft_tokens = draft_tokens
-        for parameters in (self.weights, self.biases):
-            for parameter in parameters:
-                parameter.data = parameter.data[:draft_tokens].contiguous()
+        for parameter in self.parameters():
+            parameter.data = parameter.data[:draft_tokens].contiguous()
 
     def lay_out_for_inference(self) -> None:
         """Orders the linked blocks' weights in memory as the batched product reads them.

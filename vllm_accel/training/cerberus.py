@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from vllm_accel.cerberus import base_model, checkpoint, location
+from vllm_accel.cerberus import base_model, checkpoint, location, medusa
 from vllm_accel.cerberus.checkpoint import MAX_BLOCKS
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import ConfigError
-from vllm_accel.training import data, evaluate
+from vllm_accel.training import card, data, evaluate
 from vllm_accel.training.model import FrozenBaseWithHeads
 
 logger = logging.getLogger(__name__)
+
+HEADS = ("cerberus", "medusa")
+"""Kinds of heads: linked, or Medusa's single block, which vLLM's own `medusa` loads."""
+
+TARGETS = ("data", "base")
+"""What heads learn: the text's tokens, or the base's own where the text follows them."""
+
+VLLM_MEDUSA = "vllm_medusa"
+"""Folder beside Medusa heads with the same in vLLM's own format."""
 
 _HEADS_FILE = "heads.safetensors"
 
@@ -36,9 +46,13 @@ class TrainingRun:
     model: str
     data: tuple[Path, ...]
     output: Path
+    heads: str = "cerberus"
+    targets: str = "data"
     draft_tokens: int = 4
     blocks: int = 2
     cross_links: bool = True
+    own_lm_heads: bool = False
+    draft_vocab: int = 0
     epochs: float = 1.0
     learning_rate: float = 1e-3
     batch_size: int = 8
@@ -47,8 +61,18 @@ class TrainingRun:
     draft_cost: float = 0.35
     save_steps: int = 200
     seed: int = 0
+    license: str = "other"
 
     def __post_init__(self) -> None:
+        for name, allowed in (("heads", HEADS), ("targets", TARGETS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not known: expected "
+                    f"{' or '.join(allowed)}; change it."
+                )
+        if self.heads == "medusa":
+            object.__setattr__(self, "blocks", 1)
+            object.__setattr__(self, "cross_links", False)
         for name, most in (("draft_tokens", MAX_DRAFT_TOKENS), ("blocks", MAX_BLOCKS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(
@@ -87,7 +111,8 @@ def train(run: TrainingRun) -> dict[str, Any]:
     rows = data.read_rows(run.data, tokenizer, run.row_tokens)
     _check_vocabulary(rows, base)
     training, held_out = data.split(rows, run.held_out_rows, run.seed)
-    model = FrozenBaseWithHeads(base, _new_heads(run, base.config.hidden_size))
+    heads = _new_heads(run, base)
+    model = FrozenBaseWithHeads(base, heads, follow_base=run.targets == "base")
     trainer = HeadsTrainer(
         model=model,
         args=_arguments(run, work),
@@ -95,19 +120,35 @@ def train(run: TrainingRun) -> dict[str, Any]:
         data_collator=data.collate,
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(work))
-    return _finish(run, folder, model, held_out)
+    if not trainer.is_world_process_zero():  # the others of `accelerate launch`
+        return {}
+    model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
+    if run.heads == "medusa":
+        medusa.write_for_vllm(run.output / VLLM_MEDUSA, heads, base.lm_head.weight)
+    if run.draft_vocab:
+        heads.limit_vocabulary(data.most_frequent(training, run.draft_vocab))
+    figures = _finish(run, folder, model, held_out)
+    card.write(run.output, run, figures, len(training))
+    return figures
+
+
+def whole_texts(run: TrainingRun) -> list[list[int]]:
+    """Token ids of every text of the run's data.
+
+    Raises:
+        ConfigError: a file is missing or a line is not what it should be.
+    """
+    data.check_files(run.data)
+    _make_writable(run.output)
+    tokenizer = AutoTokenizer.from_pretrained(location.model_folder(run.model))
+    rows = data.read_rows(run.data, tokenizer, row_tokens=sys.maxsize)
+    return [row["input_ids"] for row in rows]
 
 
 def _work_folder(run: TrainingRun) -> Path:
     """The folder of checkpoints, of this very run: resuming another would mix two."""
     work = run.output / "checkpoints"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {run.output} cannot be written ({error}): expected a folder; name "
-            "another."
-        ) from error
+    _make_writable(work)
     asked = {key: str(value) for key, value in dataclasses.asdict(run).items()}
     note = work / "run.json"
     begun = json.loads(note.read_text()) if note.is_file() else asked
@@ -121,6 +162,16 @@ def _work_folder(run: TrainingRun) -> Path:
     return work
 
 
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {folder} cannot be written ({error}): expected a folder; name "
+            "another."
+        ) from error
+
+
 def _last_complete_checkpoint(work: Path) -> str | None:
     """The newest checkpoint; the Trainer writes its state last, so none half written."""
     states = work.glob("checkpoint-*/trainer_state.json")
@@ -128,13 +179,18 @@ def _last_complete_checkpoint(work: Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def _new_heads(run: TrainingRun, hidden_size: int) -> CerberusHeads:
-    return CerberusHeads(
+def _new_heads(run: TrainingRun, base: Any) -> CerberusHeads:
+    heads = CerberusHeads(
         draft_tokens=run.draft_tokens,
         blocks=run.blocks,
-        hidden_size=hidden_size,
+        hidden_size=base.config.hidden_size,
         cross_links=run.cross_links,
+        vocab_size=base.config.vocab_size,
+        own_lm_heads=run.own_lm_heads,
     )
+    if heads.lm_heads is not None:
+        heads.lm_heads.data[:] = base.lm_head.weight.float()
+    return heads
 
 
 def _arguments(run: TrainingRun, work: Path) -> TrainingArguments:
@@ -162,8 +218,7 @@ def _arguments(run: TrainingRun, work: Path) -> TrainingArguments:
 def _finish(
     run: TrainingRun, folder: Path, model: FrozenBaseWithHeads, held_out: list[data.Row]
 ) -> dict[str, Any]:
-    model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
-    seen = evaluate.observe(model, held_out)
+    seen = evaluate.observe(model, evaluate.continued(model, held_out))
     if len(seen.entropy) == 0:
         raise ConfigError(
             "No held-out token can be scored (rows too short, or none the model agrees "
@@ -185,22 +240,29 @@ def _finish(
         hidden_size=model.base.config.hidden_size,
         vocab_size=model.base.config.vocab_size,
         cross_links=run.cross_links,
+        own_lm_heads=run.own_lm_heads,
+        draft_vocab_size=_draft_vocab_size(model),
         base_name=Path(run.model).name,
         base_fingerprint=base_model.fingerprint(folder),
         entropy_threshold=threshold,
         accepted_per_step=_self_test_acceptance(model, test),
     )
     checkpoint.save(run.output, config, model.heads, test)
-    (run.output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    card.write_figures(run.output, figures)
     logger.info("Heads saved to %s: %s", run.output, figures)
     return figures
+
+
+def _draft_vocab_size(model: FrozenBaseWithHeads) -> int:
+    ids = model.heads.draft_token_ids
+    return model.base.config.vocab_size if ids is None else len(ids)
 
 
 @torch.no_grad()
 def _self_test_acceptance(model: FrozenBaseWithHeads, test: checkpoint.SelfTest) -> float:
     states = test.hidden_states.to(next(model.heads.parameters()))
-    drafts = model.base.lm_head(model.heads(states)).argmax(dim=-1).cpu()
-    return round(test.accepted(drafts), 4)
+    drafts = checkpoint.best_drafts(model.heads, states, model.base.lm_head.weight)
+    return round(test.accepted(drafts.cpu()), 4)
 
 
 def _check_vocabulary(rows: list[data.Row], base: Any) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def split(rows: list[Row], held_out: int, seed: int) -> tuple[list[Row], list[Ro
     return rows[held_out:], rows[:held_out]
 
 
+def most_frequent(rows: list[Row], count: int) -> Tensor:
+    """[count] int64, ascending: the ids that are labels most often."""
+    seen = Counter(t for row in rows for t in row["labels"] if t != IGNORED)
+    return torch.tensor(sorted(token for token, _ in seen.most_common(count)))
+
+
 def collate(rows: list[Row]) -> dict[str, Tensor]:
     """{"input_ids", "labels"}: [rows, longest] int64, padded at the end.
 
@@ -83,8 +90,13 @@ def _padded(lists: list[list[int]], fill: int) -> Tensor:
 
 
 def _text_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
-    ids = tokenizer(file.read_text(encoding="utf-8", errors="replace")).input_ids
-    yield from _windows(ids, row_tokens)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    yield from _windows(_ids(tokenizer, text), row_tokens)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, verbose=False).input_ids  # quiet about long texts
+    return ids
 
 
 def _json_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
@@ -95,7 +107,7 @@ def _json_rows(file: Path, tokenizer: Any, row_tokens: int) -> Iterator[Row]:
             try:
                 item = json.loads(line)
                 if "text" in item:
-                    yield from _windows(tokenizer(item["text"]).input_ids, row_tokens)
+                    yield from _windows(_ids(tokenizer, item["text"]), row_tokens)
                 else:
                     yield from _continuation(item, row_tokens)
             except (ValueError, KeyError, TypeError) as error:

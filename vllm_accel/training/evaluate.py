@@ -1,16 +1,23 @@
 """Held-out figures of heads: how often they are right, and what a gate could use."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vllm_accel.cerberus.checkpoint import SelfTest
 from vllm_accel.gating.signals import entropy
+from vllm_accel.looping import without_loop
 from vllm_accel.training.data import IGNORED, Row, collate
 from vllm_accel.training.model import FrozenBaseWithHeads, targets
 
 _SELF_TEST_ROWS = 64
+_PROMPT_TOKENS = 96
+_CONTINUATION_TOKENS = 128
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,41 @@ class Observations:
 
 
 @torch.no_grad()
+def continued(model: FrozenBaseWithHeads, rows: list[Row]) -> list[Row]:
+    """Rows of text become the base's own greedy continuations of their beginnings.
+
+    Rows that already are continuations stay. Acceptance on other text than the base's
+    own would count only the places where it is easy to guess.
+    """
+    said = [row for row in rows if IGNORED in row["labels"]]
+    texts = [row["input_ids"] for row in rows if IGNORED not in row["labels"]]
+    longest = max(map(len, texts), default=0)
+    length = max(1, min(_PROMPT_TOKENS, longest // 2))
+    prompts = [ids[:length] for ids in texts if len(ids) >= length]
+    for first in range(0, len(prompts), _ROWS_AT_ONCE):
+        batch = prompts[first : first + _ROWS_AT_ONCE]
+        said += _greedy(model.base, batch)
+    return said
+
+
+def _greedy(base: Any, prompts: list[list[int]]) -> list[Row]:
+    ids = torch.tensor(prompts, device=base.device)
+    tokens = base.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_CONTINUATION_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    rows = []
+    for whole in tokens.tolist():
+        kept = without_loop(whole[ids.shape[1] :])
+        labels = [IGNORED] * ids.shape[1] + kept
+        rows.append({"input_ids": whole[: len(labels)], "labels": labels})
+    return rows
+
+
+@torch.no_grad()
 def observe(model: FrozenBaseWithHeads, rows: list[Row]) -> Observations:
     """Runs base and heads over held-out rows, keeping lines the base agrees with.
 
@@ -60,7 +102,9 @@ def _observe_row(model: FrozenBaseWithHeads, row: Row) -> tuple[Tensor, ...]:
     wanted = torch.stack([targets(labels, head)[0] for head in range(-1, heads)], dim=1)
     kept = (wanted != IGNORED).all(dim=1) & logits.argmax(dim=-1).eq(wanted[:, 0])
     states, logits, wanted = states[0, kept], logits[kept], wanted[kept]
-    top5 = model.base.lm_head(model.heads(states)).topk(5, dim=-1).indices
+    lm_head = model.heads.draftable_rows(model.base.lm_head.weight)
+    drafts = model.heads.logits(model.heads(states), partial(linear, weight=lm_head))
+    top5 = model.heads.token_ids(drafts.topk(5, dim=-1).indices)
     parts = (states.float(), wanted, top5.transpose(0, 1), entropy(logits))
     return tuple(part.cpu() for part in parts)
 
