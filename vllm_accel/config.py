@@ -21,6 +21,9 @@ PLANNED_METHODS = ("free", "lazyllm")
 
 MAX_DRAFT_TOKENS = 16
 
+GATES = ("goodput", "entropy", "always", "never")
+"""Gates that come with this package."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CerberusConfig:
@@ -38,9 +41,13 @@ class CerberusConfig:
     num_speculative_tokens: int | None = None
     """Most tokens drafted per step, 1 to the number of heads. None: every head."""
 
-    gate: str = "entropy"
-    """Who decides per request and step whether to draft: "entropy", "always", "never",
-    or the dotted path of a class like those in `vllm_accel.gating.policy`."""
+    gate: str = "goodput"
+    """Who decides per request and step whether to draft: "goodput" by measured cost,
+    "entropy", "always", "never", or the dotted path of a class like those in
+    `vllm_accel.gating.policy`."""
+
+    gate_state: str | None = None
+    """A file that keeps what the gate learnt, for the next engine to start from."""
 
     entropy_threshold: float | None = None
     """Draft where the target's entropy is below this (nats). None: what the heads'
@@ -58,6 +65,7 @@ class CerberusConfig:
         _check_type(self, "revision", str, None)
         _check_type(self, "num_speculative_tokens", int, None)
         _check_type(self, "gate", str)
+        _check_type(self, "gate_state", str, None)
         _check_type(self, "entropy_threshold", float, int, None)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self.num_speculative_tokens)
@@ -168,9 +176,9 @@ def _check_draft_tokens(count: int | None) -> None:
 
 
 def _check_gate(gate: str) -> None:
-    if gate in ("entropy", "always", "never") or "." in gate or ":" in gate:
+    if gate in GATES or "." in gate or ":" in gate:
         return
     raise ConfigError(
-        f"cerberus.gate={gate!r} is not a gate: expected entropy, always, never or the "
-        "dotted path of a gate class."
+        f"cerberus.gate={gate!r} is not a gate: expected {', '.join(GATES)} or the dotted "
+        "path of a gate class."
     )

@@ -5,6 +5,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 GATES = {
+    "goodput": {},
     "always": {"gate": "always"},
     "never": {"gate": "never"},
     "entropy": {"gate": "entropy", "entropy_threshold": 1.0},

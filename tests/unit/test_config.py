@@ -42,7 +42,7 @@ def test_a_planned_method_is_refused_naming_what_exists(method):
     ("settings", "sentence"),
     [
         ({"entropy_treshold": 1.0}, "did you mean 'entropy_threshold'"),
-        ({"gate": "sometimes"}, "expected entropy, always, never"),
+        ({"gate": "sometimes"}, "expected goodput, entropy, always, never"),
         ({"num_speculative_tokens": 0}, "expected 1..16"),
         ({"num_speculative_tokens": True}, "is a bool: expected int"),
         ({"entropy_threshold": -1.0}, "expected a number of nats above 0"),

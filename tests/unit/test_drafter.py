@@ -2,7 +2,7 @@ import torch
 
 from vllm_accel.cerberus.drafter import NO_ROOM, CerberusDrafter, StepReport
 from vllm_accel.cerberus.heads import CerberusHeads
-from vllm_accel.gating.policy import Always, EntropyThreshold, Never
+from vllm_accel.gating.policy import Always, EntropyThreshold, Never, Unlearning
 
 HIDDEN, VOCAB = 16, 12
 
@@ -21,7 +21,7 @@ class CountingLMHead:
 def make(gate, draft_tokens=3):
     lm_head = CountingLMHead()
     heads = CerberusHeads(draft_tokens=draft_tokens, blocks=2, hidden_size=HIDDEN)
-    return CerberusDrafter(heads, lm_head, gate), lm_head
+    return CerberusDrafter(heads, lm_head, Unlearning(gate)), lm_head
 
 
 def run(gate, rows, room, scale=1.0):
@@ -30,7 +30,9 @@ def run(gate, rows, room, scale=1.0):
     logits = lm_head(hidden) * scale
     lm_head.rows = 0
     report = StepReport()
-    return drafter.draft(rows, room, hidden, logits, report), logits, lm_head, report
+    ids = [str(i) for i in range(len(rows))]
+    drafts = drafter.draft(ids, rows, room, hidden, logits, report)
+    return drafts, logits, lm_head, report
 
 
 def test_heads_of_zeros_repeat_the_targets_choice_at_the_last_accepted_row():

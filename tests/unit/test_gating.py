@@ -6,8 +6,15 @@ import torch
 
 from vllm_accel import ConfigError
 from vllm_accel.gating.benefit import Benefit
+from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.policy import EntropyThreshold, make_gate
-from vllm_accel.gating.signals import Signals, entropy
+from vllm_accel.gating.signals import (
+    DraftSignals,
+    Signals,
+    confidence,
+    entropy,
+    margin,
+)
 from vllm_accel.testing import AlternatingGate
 
 
@@ -36,25 +43,46 @@ def test_raising_the_threshold_never_admits_fewer():
 @pytest.mark.parametrize(("name", "open_"), [("always", True), ("never", False)])
 def test_constant_gates_do_not_look_at_signals(name, open_):
     signals = Signals(torch.zeros(3, 4), range(3))
-    assert make_gate(name, entropy_threshold=1.0).admit(signals) == [open_] * 3
+    assert (
+        make_gate(name, draft_tokens=4, entropy_threshold=1.0).admit(signals) == [open_] * 3
+    )
     assert "entropy" not in vars(signals)
 
 
 def test_a_gate_may_come_from_a_dotted_path():
-    gate = make_gate("vllm_accel.testing:AlternatingGate", entropy_threshold=1.0)
-    assert isinstance(gate, AlternatingGate)
+    gate = make_gate(
+        "vllm_accel.testing:AlternatingGate", draft_tokens=4, entropy_threshold=1.0
+    )
+    assert isinstance(gate.gate, AlternatingGate)
 
 
 @pytest.mark.parametrize("path", ["no.such.module", "os.path", "collections.OrderedDict"])
 def test_a_path_that_is_no_gate_is_refused(path):
     with pytest.raises(ConfigError, match=r"Gate .* (cannot be made|is not a gate)"):
-        make_gate(path, entropy_threshold=1.0)
+        make_gate(path, draft_tokens=4, entropy_threshold=1.0)
 
 
-def test_benefit_compares_rates_at_the_same_batch_size_only():
+def test_benefit_is_over_what_plain_steps_would_give():
     benefit = Benefit()
-    benefit.add(num_reqs=1, drafting=True, tokens=3, seconds=0.02)
-    benefit.add(num_reqs=8, drafting=False, tokens=8, seconds=0.02)
-    assert benefit.ratio() is None
-    benefit.add(num_reqs=1, drafting=False, tokens=1, seconds=0.01)
-    assert benefit.ratio() == pytest.approx(1.5)
+    for _ in range(40):
+        benefit.add(StepShape(5, 1, 0, 1), tokens=3, seconds=0.02)
+    assert benefit.ratio() is None  # nobody knows yet what a plain step takes
+    for _ in range(40):
+        benefit.add(StepShape(1, 1), tokens=1, seconds=0.01)
+    benefit.start_anew()
+    benefit.add(StepShape(5, 1, 0, 1), tokens=3, seconds=0.02)
+    assert benefit.ratio() == pytest.approx(1.5, rel=0.05)
+
+
+def test_margin_and_confidence_are_probabilities():
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]]).log()
+    assert margin(logits).tolist() == pytest.approx([0.5, 0.25])
+    best = logits.max(dim=-1).values
+    assert confidence(logits, best).tolist() == pytest.approx([0.7, 0.5])
+
+
+def test_a_gate_that_learns_nothing_verifies_whole_drafts():
+    gate = make_gate("always", draft_tokens=4, entropy_threshold=1.0)
+    drafts = DraftSignals(torch.zeros(4, 2, 8), torch.zeros(4, 2))
+    assert gate.lengths(drafts) == [4, 4]
+    assert "confidence" not in vars(drafts)

@@ -4,6 +4,7 @@ The engine's adapter says which requests have room and where their last accepted
 is; everything else is decided here, on plain tensors.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_accel.cerberus.heads import CerberusHeads
-from vllm_accel.gating.policy import Gate
-from vllm_accel.gating.signals import Signals
+from vllm_accel.gating.policy import LearningGate
+from vllm_accel.gating.signals import DraftSignals, Signals
 from vllm_accel.speculate import Verdict
 
 NO_ROOM = "no_room"
@@ -34,6 +35,10 @@ class StepReport:
     """Draft tokens the target verified."""
     accepted: int = 0
     """Draft tokens it agreed with."""
+    drafted_for: int = 0
+    """Requests the heads ran for."""
+    draft_seconds: float = 0.0
+    """Time spent in the gate and the heads."""
 
     def add_verdict(self, verdict: Verdict) -> None:
         """Counts one verdict."""
@@ -49,17 +54,25 @@ class CerberusDrafter:
         lm_head: hidden states [n, hidden_size] -> logits [n, tokens that can be drafted],
             the target's own.
         gate: decides per request.
+        share: under tensor parallelism, makes every rank go by what rank 0 decides. Called
+            on every step with what decides; the heads' products may wait for all ranks.
     """
 
     def __init__(
-        self, heads: CerberusHeads, lm_head: Callable[[Tensor], Tensor], gate: Gate
+        self,
+        heads: CerberusHeads,
+        lm_head: Callable[[Tensor], Tensor],
+        gate: LearningGate,
+        share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
     ) -> None:
         self._heads = heads
         self._lm_head = lm_head
         self._gate = gate
+        self._share = share
 
     def draft(
         self,
+        req_ids: Sequence[str],
         rows: Sequence[int],
         room: Sequence[int],
         hidden_states: Tensor,  # [num_rows, hidden_size]
@@ -69,6 +82,7 @@ class CerberusDrafter:
         """Draft tokens per request, at most `room` of each.
 
         Args:
+            req_ids: per request, its id.
             rows: per request, the row of its last accepted token; below 0 for a request
                 that is not decoding yet.
             room: per request, tokens that may still be drafted.
@@ -76,37 +90,39 @@ class CerberusDrafter:
             logits: the target's, at the same rows.
             report: gains this step's decisions.
         """
+        began = time.perf_counter()
         drafts: list[list[int]] = [[] for _ in rows]
-        able = [i for i, row in enumerate(rows) if row >= 0 and room[i] > 0]
-        open_ = self._open(able, rows, logits, report)
+        decoding = [i for i, row in enumerate(rows) if row >= 0]
+        able = [i for i in decoding if room[i] > 0]
+        signals = Signals(
+            logits, [rows[i] for i in able], [req_ids[i] for i in able], len(decoding)
+        )
+        open_ = self._share(lambda: self._open(able, signals, report))
         if open_:
             picked = torch.tensor([rows[i] for i in open_], device=hidden_states.device)
             tokens = self._tokens(hidden_states[picked])
             for i, token_ids in zip(open_, tokens, strict=True):
                 drafts[i] = token_ids[: room[i]]
-        decoding = [i for i, row in enumerate(rows) if row >= 0]
         report.gate["closed", NO_ROOM] += len(decoding) - len(able)
         report.draft_lengths.update(len(drafts[i]) for i in decoding)
+        report.drafted_for = len(open_)
+        report.draft_seconds = time.perf_counter() - began
         return drafts
 
-    def _open(
-        self,
-        able: list[int],
-        rows: Sequence[int],
-        logits: Tensor,
-        report: StepReport,
-    ) -> list[int]:
+    def _open(self, able: list[int], signals: Signals, report: StepReport) -> list[int]:
         if not able:
             return []
-        admitted = self._gate.admit(Signals(logits, [rows[i] for i in able]))
+        admitted = self._gate.admit(signals)
         open_ = [i for i, yes in zip(able, admitted, strict=True) if yes]
         report.gate["open", self._gate.reason] += len(open_)
         report.gate["closed", self._gate.reason] += len(able) - len(open_)
         return open_
 
     def _tokens(self, hidden_states: Tensor) -> list[list[int]]:
+        """Per request, as many tokens as the gate wants verified."""
         logits = self._heads.logits(self._heads(hidden_states), self._lm_head)
         # On CPU max() finds the place several times faster than argmax().
-        best = self._heads.token_ids(logits.max(dim=-1).indices)
-        token_ids: list[list[int]] = best.T.tolist()
-        return token_ids
+        best = logits.max(dim=-1)
+        lengths = self._gate.lengths(DraftSignals(logits, best.values))
+        token_ids: list[list[int]] = self._heads.token_ids(best.indices).T.tolist()
+        return [ids[:n] for ids, n in zip(token_ids, lengths, strict=True)]

@@ -1,40 +1,43 @@
-"""Is drafting helping? A plain comparison of the rates that were seen."""
+"""Is drafting helping? What was given, against what plain steps would have given."""
 
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from vllm_accel.gating.cost import StepCost, StepShape
 
 
 @dataclass(slots=True)
-class _Seen:
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
-
-
 class Benefit:
-    """Output rate of steps that verified drafts over steps that did not.
+    """Output rate over the rate of plain steps for the same requests.
 
-    Only steps of the same batch size are compared, weighted by the time spent at it.
+    Comparing the steps that drafted with those that did not would flatter: a gate picks
+    the steps that go well, and heads run a step before their drafts are verified. So
+    plain time is what the cost model says a step without drafts and heads takes.
     """
 
-    def __init__(self) -> None:
-        self._seen: defaultdict[tuple[int, bool], _Seen] = defaultdict(_Seen)
+    cost: StepCost = field(default_factory=StepCost)
+    plain_steps: int = 0
+    _tokens: int = 0
+    _seconds: float = 0.0
+    _requests: int = 0
+    _plain_seconds: float = 0.0
 
-    def add(self, *, num_reqs: int, drafting: bool, tokens: int, seconds: float) -> None:
-        """Records one step in which every request was decoding."""
-        seen = self._seen[num_reqs, drafting]
-        seen.tokens += tokens
-        seen.seconds += seconds
+    def add(self, shape: StepShape, tokens: int, seconds: float) -> None:
+        """Takes a measured step in which every request decoded."""
+        self.cost.observe(shape, seconds)
+        self.plain_steps += shape.decode_rows == shape.requests and not shape.drafted_for
+        self._tokens += tokens
+        self._seconds += seconds
+        self._requests += shape.requests
+        plain = StepShape(shape.requests, shape.requests)
+        self._plain_seconds += float(self.cost.seconds(plain)[0])
 
     def ratio(self) -> float | None:
-        """Above 1 drafting helps; None until both kinds were seen at some batch size."""
-        weighted, seconds = 0.0, 0.0
-        for (num_reqs, drafting), seen in self._seen.items():
-            plain = self._seen.get((num_reqs, False))
-            if drafting and plain is not None:
-                weighted += seen.seconds * seen.tokens_per_s / plain.tokens_per_s
-                seconds += seen.seconds
-        return weighted / seconds if seconds else None
+        """Above 1 drafting helps; None until plain steps were seen."""
+        if not self.plain_steps or not self._requests:
+            return None
+        return (self._tokens / self._seconds) / (self._requests / self._plain_seconds)
+
+    def start_anew(self) -> None:
+        """Begins another interval; what steps cost stays known."""
+        self._tokens = self._requests = 0
+        self._seconds = self._plain_seconds = 0.0

@@ -2,22 +2,25 @@
 
 A gate sees the signals of the requests that have room to draft and answers which of
 them to draft for. To add one, write a class with the two members of `Gate` and name it
-by its dotted path: `"gate": "my_package.my_module.MyGate"`.
+by its dotted path: `"gate": "my_package.my_module.MyGate"`. One that learns from
+verdicts and from measured time has the members of `LearningGate`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vllm_accel.errors import ConfigError
-from vllm_accel.gating.signals import Signals
+from vllm_accel.gating.cost import StepShape
+from vllm_accel.gating.goodput import Goodput
+from vllm_accel.gating.signals import DraftSignals, Signals
 
 
 class Gate(Protocol):
     """Decides, per request and step, whether the heads draft.
 
-    The answer may depend on the signals and on earlier answers only: under tensor
-    parallelism every rank asks its own copy, and all must agree.
+    The answer may depend on what the gate is told and on earlier answers only, not on a
+    clock: under tensor parallelism every rank asks its own copy, and all must agree.
     """
 
     reason: str
@@ -26,6 +29,70 @@ class Gate(Protocol):
     def admit(self, signals: Signals) -> list[bool]:
         """[num_reqs] True where to draft."""
         ...
+
+
+@runtime_checkable
+class LearningGate(Protocol):
+    """A gate that also cuts drafts and is told how they and the steps went."""
+
+    reason: str
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] True where the heads are to run."""
+        ...
+
+    def lengths(self, drafts: DraftSignals) -> list[int]:
+        """How many draft tokens to verify of each request admitted just now."""
+        ...
+
+    def learn(self, req_id: str, verified: int, accepted: int) -> None:
+        """Takes in how many of a request's verified draft tokens were accepted."""
+        ...
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Takes in the time from the start of a step to the start of the next."""
+        ...
+
+    def keep_only(self, req_ids: Container[str]) -> None:
+        """Forgets requests that ended."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts from what another one learnt."""
+        ...
+
+
+class Unlearning:
+    """Any gate as one that learns nothing and verifies whole drafts."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.reason = gate.reason
+
+    def admit(self, signals: Signals) -> list[bool]:
+        return self.gate.admit(signals)
+
+    def lengths(self, drafts: DraftSignals) -> list[int]:
+        return [drafts.draft_tokens] * len(drafts)
+
+    def learn(self, req_id: str, verified: int, accepted: int) -> None:
+        pass
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        pass
+
+    def keep_only(self, req_ids: Container[str]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class Always:
@@ -63,18 +130,24 @@ class EntropyThreshold:
         return admitted
 
 
-def make_gate(name: str, *, entropy_threshold: float) -> Gate:
+def make_gate(name: str, *, draft_tokens: int, entropy_threshold: float) -> LearningGate:
     """The gate of a name or dotted path.
+
+    Args:
+        draft_tokens: most tokens drafted per request and step.
+        entropy_threshold: nats, for the gate "entropy".
 
     Raises:
         ConfigError: the path cannot be imported or is not a gate.
     """
-    built_in: Mapping[str, Gate] = {
-        "always": Always(),
-        "never": Never(),
-        "entropy": EntropyThreshold(entropy_threshold),
+    built_in: Mapping[str, Callable[[], Any]] = {
+        "goodput": lambda: Goodput(draft_tokens),
+        "always": Always,
+        "never": Never,
+        "entropy": lambda: EntropyThreshold(entropy_threshold),
     }
-    return built_in[name] if name in built_in else _imported(name)
+    gate = built_in[name]() if name in built_in else _imported(name)
+    return gate if isinstance(gate, LearningGate) else Unlearning(gate)
 
 
 def _imported(path: str) -> Gate:
@@ -82,8 +155,8 @@ def _imported(path: str) -> Gate:
         gate: Any = resolve_name(path)()
     except Exception as error:  # a user's module may raise anything
         raise ConfigError(
-            f"Gate {path!r} cannot be made ({error}): expected entropy, always, never "
-            "or the dotted path of an importable class that takes no arguments."
+            f"Gate {path!r} cannot be made ({error}): expected goodput, entropy, always, "
+            "never or the dotted path of an importable class that takes no arguments."
         ) from error
     admits = callable(getattr(gate, "admit", None))
     if not admits or not isinstance(getattr(gate, "reason", None), str):

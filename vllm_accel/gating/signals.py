@@ -19,6 +19,37 @@ def entropy(
     return -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1)
 
 
+def margin(
+    logits: Tensor,  # [num_reqs, vocab] floating
+) -> Tensor:
+    """Probability of the first choice less that of the second (FREE's confidence).
+
+    Returns:
+        [num_reqs] float32.
+    """
+    best = torch.softmax(logits.float(), dim=-1).topk(2, dim=-1).values
+    return best[:, 0] - best[:, 1]
+
+
+def feature_entropy(
+    hidden_states: Tensor,  # [num_reqs, hidden_size]
+) -> Tensor:
+    """Entropy over the features, in nats: the literal "entropy of the hidden state".
+
+    Returns:
+        [num_reqs] float32.
+    """
+    return entropy(hidden_states)
+
+
+def confidence(
+    logits: Tensor,  # [..., tokens] floating, of a head
+    best: Tensor,  # [...] the largest of them
+) -> Tensor:
+    """Probability a head gives its first choice: [...] float32."""
+    return (best.float() - torch.logsumexp(logits.float(), dim=-1)).exp()
+
+
 class Signals:
     """The signals of one step, a row per request that could draft."""
 
@@ -26,9 +57,15 @@ class Signals:
         self,
         logits: Tensor,  # [num_rows, vocab] the target's
         rows: Sequence[int],  # per request, the row of its last accepted token
+        req_ids: Sequence[str] = (),
+        num_decoding: int | None = None,
     ) -> None:
         self._logits = logits
         self._rows = rows
+        self.req_ids = req_ids
+        """Per request, its id."""
+        self.num_decoding = len(rows) if num_decoding is None else num_decoding
+        """Requests that decode, those without room for a draft included."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -37,3 +74,24 @@ class Signals:
     def entropy(self) -> Tensor:
         """[num_reqs] float32, nats."""
         return entropy(self._logits[torch.tensor(self._rows, device=self._logits.device)])
+
+
+class DraftSignals:
+    """The signals of drafts just made, for the requests whose heads ran."""
+
+    def __init__(
+        self,
+        logits: Tensor,  # [draft_tokens, num_reqs, tokens] of the heads
+        best: Tensor,  # [draft_tokens, num_reqs] the largest of them
+    ) -> None:
+        self._logits = logits
+        self._best = best
+        self.draft_tokens = len(logits)
+
+    def __len__(self) -> int:
+        return int(self._logits.shape[1])
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[draft_tokens, num_reqs] float32: what each head gives its first choice."""
+        return confidence(self._logits, self._best)

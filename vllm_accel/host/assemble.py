@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_accel.cerberus import checkpoint, location
 from vllm_accel.config import CerberusConfig, parse
 from vllm_accel.errors import CheckpointError, ConfigError
+from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import make_gate
 from vllm_accel.host import carrier, compat, metrics, refuse
 from vllm_accel.host.heads import folder_of
@@ -81,10 +83,23 @@ def with_heads(config: CerberusConfig, model_config: Any) -> CerberusConfig:
     else:
         checkpoint.load(folder)
     threshold = config.entropy_threshold or heads.entropy_threshold
-    make_gate(config.gate, entropy_threshold=threshold)
+    _check_gate(config, count, threshold)
     return dataclasses.replace(
         config, num_speculative_tokens=count, entropy_threshold=threshold
     )
+
+
+def _check_gate(config: CerberusConfig, draft_tokens: int, threshold: float) -> None:
+    """Makes the gate once here, so that a bad one ends the start and not a worker."""
+    gate = make_gate(config.gate, draft_tokens=draft_tokens, entropy_threshold=threshold)
+    if config.gate_state is not None:
+        file = Path(config.gate_state)
+        if not file.parent.is_dir():
+            raise ConfigError(
+                f"cerberus.gate_state={config.gate_state!r} is in no folder: expected a "
+                "file in a folder that exists; make the folder."
+            )
+        GateMemory(file).restore(gate)
 
 
 def _check_shape(folder: Any, heads: checkpoint.HeadsConfig, model_config: Any) -> None:

@@ -29,6 +29,7 @@ HELP = {
     "vllm:accel_draft_length": "Decoding requests and steps by tokens drafted.",
     "vllm:accel_drafted_tokens": "Draft tokens the target verified.",
     "vllm:accel_accepted_tokens": "Draft tokens the target agreed with.",
+    "vllm:accel_draft_seconds": "Time spent deciding whether to draft and drafting.",
     "vllm:accel_request_steps": "Steps in which a request was given output tokens.",
     "vllm:accel_output_tokens": "Output tokens given to requests.",
 }
@@ -55,7 +56,7 @@ class CounterFile:
         name = _FILES.replace("*", f"{os.getpid()}-{engine}")
         self._values = MmapedDict(str(Path(folder) / name)) if folder else None
 
-    def add(self, name: str, amount: int, **labels: str) -> None:
+    def add(self, name: str, amount: float, **labels: str) -> None:
         """Adds to one counter; `name` is a key of `HELP`."""
         if self._values is None or amount == 0:
             return

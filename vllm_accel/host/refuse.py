@@ -55,6 +55,11 @@ def _checks(
             "--pipeline-parallel-size 1",
         ),
         (
+            "an external launcher",
+            parallel_config.distributed_executor_backend == "external_launcher",
+            "--distributed-executor-backend mp",
+        ),
+        (
             "a quantised LM head",
             _lm_head_is_quantised(model_config),
             "an LM head in 16 or 32 bits",

@@ -1,21 +1,26 @@
 """The class vLLM's "custom_class" loads: our heads beside the target model."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 
 from vllm_accel.cerberus import base_model, checkpoint, location
 from vllm_accel.cerberus.drafter import CerberusDrafter, StepReport
 from vllm_accel.cerberus.heads import CerberusHeads
-from vllm_accel.gating.policy import make_gate
+from vllm_accel.gating.memory import GateMemory
+from vllm_accel.gating.policy import Always, LearningGate, Unlearning, make_gate
 from vllm_accel.host import carrier
 from vllm_accel.host.heads import folder_of
+from vllm_accel.host.report import StepTime
+from vllm_accel.speculate import Verdict
 
 logger = logging.getLogger("vllm.vllm_accel")
 
@@ -26,6 +31,9 @@ class CerberusProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._config = carrier.unloaded(vllm_config)
         self._model_config = vllm_config.model_config
+        file = self._config.gate_state
+        self._memory = None if file is None else GateMemory(Path(file))
+        self._gate: LearningGate | None = None
         self._drafter: CerberusDrafter | None = None
 
     def load_model(self, target: nn.Module) -> None:
@@ -35,11 +43,24 @@ class CerberusProposer:
         heads.keep_first(self._config.num_speculative_tokens)
         heads.to(dtype=self._model_config.dtype, device=next(target.parameters()).device)
         heads.lay_out_for_inference()
-        gate = make_gate(
-            self._config.gate, entropy_threshold=self._config.entropy_threshold
+        self._gate = self._make_gate(heads.draft_tokens)
+        self._drafter = CerberusDrafter(
+            heads, self._lm_head(heads, target), self._gate, decided_by_first_rank
         )
-        self._drafter = CerberusDrafter(heads, self._lm_head(heads, target), gate)
         logger.info("cerberus heads loaded from %s", folder)
+
+    def _make_gate(self, draft_tokens: int) -> LearningGate:
+        """The gate; ranks after the first never ask theirs whether to draft."""
+        if get_tp_group().rank_in_group:
+            return Unlearning(Always())
+        gate = make_gate(
+            self._config.gate,
+            draft_tokens=draft_tokens,
+            entropy_threshold=self._config.entropy_threshold,
+        )
+        if self._memory is not None:
+            self._memory.restore(gate)
+        return gate
 
     def _lm_head(
         self, heads: CerberusHeads, target: nn.Module
@@ -57,9 +78,22 @@ class CerberusProposer:
         rows = heads.draftable_rows(base_model.lm_head_weight(folder))
         return partial(functional.linear, weight=rows.to(heads.weights[0]))
 
+    def start_step(self, measured: StepTime | None, req_ids: Container[str]) -> None:
+        """Tells the gate how long the last step took and which requests still live."""
+        if measured is not None:
+            self._gate.observe(measured.shape, measured.seconds)
+        self._gate.keep_only(req_ids)
+        if self._memory is not None and not get_tp_group().rank_in_group:
+            self._memory.save_when_due(self._gate)
+
+    def learn(self, verdict: Verdict) -> None:
+        """Tells the gate what became of a draft."""
+        self._gate.learn(verdict.req_id, verdict.verified, verdict.accepted)
+
     @torch.inference_mode()
     def propose(
         self,
+        req_ids: list[str],
         rows: list[int],
         room: list[int],
         hidden_states: Tensor,
@@ -68,4 +102,16 @@ class CerberusProposer:
     ) -> list[list[int]]:
         """See `CerberusDrafter.draft`; our runner calls this, vLLM's never does."""
         drafter: Any = self._drafter
-        return drafter.draft(rows, room, hidden_states, logits, report)
+        return drafter.draft(req_ids, rows, room, hidden_states, logits, report)
+
+
+def decided_by_first_rank(decide: Callable[[], list[int]]) -> list[int]:
+    """What rank 0 of the tensor-parallel group decides.
+
+    Ranks would not decide alike on their own: the entropy of one row depends on the
+    number of threads, and a rank that runs the heads alone waits for the others forever.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return decide()
+    return group.broadcast_object(None if group.rank_in_group else decide())

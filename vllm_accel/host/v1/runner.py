@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_accel.cerberus.drafter import StepReport
-from vllm_accel.host.report import attach
+from vllm_accel.host.report import attach, attached
+from vllm_accel.host.v1 import greedy as greedy_path
 from vllm_accel.speculate import DraftBook, draft_room
 
 
@@ -25,15 +28,55 @@ class CerberusRunnerMixin:
         self._report: StepReport | None = None
         self._target_logits: Tensor | None = None
 
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        """Without drafts, what the original computes in a few steps instead of many."""
+        if num_draft_tokens.any():
+            return super()._calc_spec_decode_metadata(
+                num_draft_tokens, cu_num_scheduled_tokens
+            )
+        num_reqs = len(num_draft_tokens)
+        none = torch.zeros(0, dtype=torch.int32, device=self.device)
+        each = torch.arange(num_reqs, dtype=torch.int32, device=self.device)
+        last = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device)
+        return SpecDecodeMetadata(
+            draft_token_ids=none,
+            num_draft_tokens=[0] * num_reqs,
+            cu_num_draft_tokens=torch.zeros_like(each),
+            cu_num_sampled_tokens=each + 1,
+            target_logits_indices=none,
+            bonus_logits_indices=each,
+            logits_indices=last,
+        )
+
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         """Keeps the logits for the gate; without drafts, samples as plain vLLM does."""
         self._target_logits = logits
+        greedy = greedy_path.is_plain(self.input_batch.sampling_metadata)
         if spec_decode_metadata is None or any(spec_decode_metadata.num_draft_tokens):
-            return super()._sample(logits, spec_decode_metadata)
-        if logits is not None and logits.dtype == torch.float32:
+            if not self._can_verify(greedy, logits, spec_decode_metadata):
+                return super()._sample(logits, spec_decode_metadata)
+            sampled = greedy_path.verified(
+                self.sampler.greedy_sample(logits.to(torch.float32)),
+                spec_decode_metadata.draft_token_ids,
+                spec_decode_metadata.num_draft_tokens,
+            )
+            return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+        if logits is not None and logits.dtype == torch.float32 and not greedy:
             # The plain sampler edits float32 logits in place; any other type it copies.
             self._target_logits = logits.clone()
         return super()._sample(logits, None)
+
+    def _can_verify(self, greedy: bool, logits: Tensor | None, metadata: Any) -> bool:
+        """Whether the largest logits are all it takes; on GPU the original is as quick."""
+        return (
+            greedy
+            and metadata is not None
+            and logits is not None
+            and logits.is_cpu
+            and not self.rejection_sampler.synthetic_mode
+        )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Heads need no positions: room is a matter of each request, not of the batch.
@@ -67,9 +110,11 @@ class CerberusRunnerMixin:
         """Settles the last step's drafts, then drafts for this one's requests."""
         self._report = StepReport()
         self._book.keep_only(self.requests)
+        self.drafter.start_step(attached(scheduler_output), self.requests)
         self._settle(scheduler_output.scheduled_spec_decode_tokens, sampled_token_ids)
         num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
         drafts = self.drafter.propose(
+            self.input_batch.req_ids,
             list(last_accepted_rows(num_rows, sampled_token_ids)),
             [self._room(i) for i in range(len(sampled_token_ids))],
             sample_hidden_states,
@@ -95,6 +140,7 @@ class CerberusRunnerMixin:
             verdict = self._book.settle(req_id, position, draft, num_sampled)
             if verdict is not None:
                 self._report.add_verdict(verdict)
+                self.drafter.learn(verdict)
 
     def _num_tokens(self, i: int) -> int:
         """Tokens of request `i`, those sampled in this step included."""

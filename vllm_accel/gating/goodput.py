@@ -1,0 +1,286 @@
+"""The `goodput` gate: draft where an accepted token is worth its measured time.
+
+A draft token is worth verifying if the tokens per second with it beat those without
+(papers.md 1.3: E[accepted] against the rate times the extra cost). Both sides are learnt
+while serving: how likely a draft survives, by `calibrators`, what a step takes, by
+`cost`. Nothing here reads a clock, so every rank of a tensor-parallel engine that is
+told the same measured times decides the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_accel.errors import ConfigError
+from vllm_accel.gating.calibrators import OnlineLogistic
+from vllm_accel.gating.cost import StepCost, StepShape
+from vllm_accel.gating.signals import DraftSignals, Signals
+
+Floats = NDArray[np.float64]
+
+RECONSIDER_EVERY = 8
+"""Closed steps between looks at the signals, while the load stays as it is."""
+REOPEN_GAIN = 1.03
+"""A closed gate opens for a rate this much better; an open one closes at any loss."""
+FIRST_STEPS = 3
+"""Steps of either kind, drafting and plain, to measure at a new load before deciding."""
+REFRESH_EVERY = 96
+"""Steps of one kind before one of the other, so that neither price nor odds grow old."""
+
+_VERDICTS_AT_ONCE = 8
+_RECENT = 0.2
+_BEFORE_PRIOR = (0.4, -0.35, 1.5)
+"""Log odds that a draft token survives: constant, per nat, per share of recent ones."""
+_AFTER_PRIOR = (0.0, -0.1, 0.5, 1.0)
+"""The same, with the head's own log odds last."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What was known of a request when it drafted; its verdict is not in yet."""
+
+    before: Floats  # [features]
+    after: Floats  # [draft_tokens, features]
+
+
+@dataclass(slots=True)
+class _Step:
+    """The decision being made, between heads not run and drafts cut."""
+
+    req_ids: list[str] = field(default_factory=list)
+    features: Floats = field(default_factory=lambda: np.zeros((0, 2)))
+    requests: int = 0
+    trying: bool = False
+
+
+@dataclass(slots=True)
+class _Load:
+    """What was decided at about this many requests."""
+
+    closed: bool = False
+    decisions: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    """By whether anything drafted."""
+    same: int = 0
+    """Decisions since the last of the other kind."""
+
+    def note(self, drafting: bool, trying: bool) -> None:
+        """Counts a decision."""
+        self.decisions[drafting] += 1
+        self.same = 0 if trying else self.same + 1
+        if not trying:
+            self.closed = not drafting
+
+    def untried(self) -> bool | None:
+        """The kind of step to try now, if any: True drafts, False does not."""
+        for drafting in (False, True):
+            if self.decisions[drafting] < FIRST_STEPS:
+                return drafting
+        return self.closed if self.same >= REFRESH_EVERY else None
+
+
+class Goodput:
+    """Decides by expected tokens per second.
+
+    Args:
+        draft_tokens: most tokens drafted per request.
+    """
+
+    reason = "goodput"
+
+    def __init__(self, draft_tokens: int) -> None:
+        self.cost = StepCost()
+        self._draft_tokens = draft_tokens
+        self._before = OnlineLogistic(np.tile(_BEFORE_PRIOR, (draft_tokens, 1)))
+        self._after = OnlineLogistic(np.tile(_AFTER_PRIOR, (draft_tokens, 1)))
+        self._recent: dict[str, float] = {}
+        self._usual = 0.4
+        self._prefill = 0.0
+        self._waiting: dict[str, _Waiting] = {}
+        self._verdicts: list[tuple[_Waiting, int, int]] = []
+        self._step = _Step()
+        self._loads: defaultdict[int, _Load] = defaultdict(_Load)
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] True where the heads are to run; see `Gate.admit`."""
+        self._step = step = _Step(requests=signals.num_decoding)
+        load = self._loads[signals.num_decoding.bit_length()]
+        kind = load.untried()
+        step.trying = kind is not None
+        if kind is False or (kind is None and _stays_closed(load)):
+            load.note(False, step.trying)
+            return [False] * len(signals)
+        features = self._features(signals)
+        admitted = self._wanted(features, load, trying=step.trying)
+        load.note(bool(admitted.any()), step.trying)
+        pairs = zip(signals.req_ids, admitted, strict=True)
+        step.req_ids = [req_id for req_id, yes in pairs if yes]
+        step.features = features[admitted]
+        return [bool(yes) for yes in admitted]
+
+    def lengths(self, drafts: DraftSignals) -> list[int]:
+        """How many draft tokens to verify of each admitted request."""
+        step = self._step
+        after = _after_features(step.features, drafts.confidence)
+        for i, req_id in enumerate(step.req_ids):
+            self._waiting[req_id] = _Waiting(step.features[i], after[i])
+        heads = after.shape[1]
+        if step.trying:
+            return [heads] * len(step.req_ids)
+        odds = self._after.probability(_padded(after, self._draft_tokens))[:, :heads]
+        return self._best(odds.cumprod(axis=1), heads_run=True).lengths
+
+    def learn(self, req_id: str, verified: int, accepted: int) -> None:
+        """Takes the verdict on a request's last draft in."""
+        waiting = self._waiting.pop(req_id, None)
+        if waiting is None or verified == 0:
+            return
+        share = accepted / verified
+        self._usual += 0.02 * (share - self._usual)
+        recent = self._recent.get(req_id, self._usual)
+        self._recent[req_id] = recent + _RECENT * (share - recent)
+        self._verdicts.append((waiting, verified, accepted))
+        if len(self._verdicts) >= _VERDICTS_AT_ONCE:
+            self._learn_all()
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Takes the measured time of a finished step in."""
+        self.cost.observe(shape, seconds)
+        self._prefill += 0.1 * (shape.prefill_tokens - self._prefill)
+
+    def keep_only(self, req_ids: Container[str]) -> None:
+        """Forgets requests that ended."""
+        for book in (self._recent, self._waiting):
+            for req_id in [known for known in book if known not in req_ids]:
+                del book[req_id]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, as plain JSON values."""
+        return {
+            "cost": self.cost.state_dict(),
+            "before": self._before.state_dict(),
+            "after": self._after.state_dict(),
+            "usual": self._usual,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts from what another gate learnt.
+
+        Raises:
+            ConfigError: it is not a state of this version, or of other heads.
+        """
+        try:
+            cost, before, after = state["cost"], state["before"], state["after"]
+            usual = float(state["usual"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"A saved gate state cannot be read ({error!r}): expected what the gate "
+                "'goodput' of this version wrote; delete the file."
+            ) from error
+        self.cost.load_state_dict(cost)
+        self._before.load_state_dict(before)
+        self._after.load_state_dict(after)
+        self._usual = usual
+
+    def _features(self, signals: Signals) -> Floats:
+        """[num_reqs, 2] entropy and the share of recent drafts accepted."""
+        recent = [self._recent.get(req_id, self._usual) for req_id in signals.req_ids]
+        return np.stack([signals.entropy.cpu().double().numpy(), recent], axis=1)
+
+    def _wanted(self, features: Floats, load: _Load, *, trying: bool) -> NDArray[np.bool_]:
+        """[num_reqs] whose heads to run; one of them at most to try a closed gate."""
+        repeated = np.repeat(features[:, None], self._draft_tokens, axis=1)
+        survival = self._before.probability(repeated).cumprod(axis=1)
+        if trying:
+            likeliest = survival.sum(axis=1) == survival.sum(axis=1).max()
+            return likeliest if load.closed else np.ones(len(features), dtype=bool)
+        best = self._best(survival)
+        wanted = np.array(best.lengths) > 0
+        return wanted & (best.gain >= (REOPEN_GAIN if load.closed else 1.0))
+
+    def _best(self, survival: Floats, *, heads_run: bool = False) -> "Drafts":
+        around = StepShape(self._step.requests, self._step.requests, self._prefill)
+        return best_drafts(survival, around, self.cost, heads_run=heads_run)
+
+    def _learn_all(self) -> None:
+        waiting, verified, accepted = zip(*self._verdicts, strict=True)
+        self._verdicts.clear()
+        places = np.arange(self._draft_tokens)[None]
+        right = places < np.array(accepted)[:, None]
+        known = (places <= np.array(accepted)[:, None]) & (
+            places < np.array(verified)[:, None]
+        )
+        before = np.stack([w.before for w in waiting])[:, None].repeat(places.size, axis=1)
+        after = np.stack([_padded(w.after[None], places.size)[0] for w in waiting])
+        self._before.update(before, right, known)
+        self._after.update(after, right, known)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """How many draft tokens of each request to verify."""
+
+    lengths: list[int]
+    gain: float
+    """Expected tokens per second over those with no draft verified."""
+
+
+def best_drafts(
+    survival: Floats,  # [requests, draft_tokens] probabilities, falling along a draft
+    plain: StepShape,
+    cost: StepCost,
+    *,
+    heads_run: bool = False,
+) -> Drafts:
+    """The drafts with the best expected rate.
+
+    Tokens are admitted in the order of their survival. A draft's tokens survive ever
+    less, so what is admitted of a request is the beginning of its draft.
+
+    Args:
+        plain: the step without drafts; each of its requests gives one token.
+        heads_run: the heads' time is spent already, for all these requests.
+    """
+    requests, draft_tokens = survival.shape
+    order = np.argsort(-survival, axis=None, kind="stable")
+    drafted_for = np.full(len(order) + 1, requests if heads_run else 0)
+    if not heads_run:
+        begun = np.unique(order // draft_tokens, return_index=True)[1]
+        drafted_for[1 + begun] = 1
+        drafted_for = drafted_for.cumsum()
+    rows = plain.decode_rows + np.arange(len(order) + 1)
+    shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for)
+    seconds = cost.seconds(shapes)
+    tokens = plain.requests + np.concatenate([[0.0], survival.flat[order].cumsum()])
+    rates = tokens / np.maximum.accumulate(seconds)
+    best = int(rates.argmax())
+    lengths = np.bincount(order[:best] // draft_tokens, minlength=requests)
+    return Drafts([int(n) for n in lengths], float(rates[best] / rates[0]))
+
+
+def _stays_closed(load: _Load) -> bool:
+    """Most closed steps need no look at the signals while the load is what it was.
+
+    A look costs a softmax over the vocabulary, and a closed gate is to cost nothing.
+    """
+    return load.closed and load.same % RECONSIDER_EVERY != 0
+
+
+def _after_features(
+    features: Floats,  # [admitted, features]
+    confidence: Tensor,  # [draft_tokens, admitted]
+) -> Floats:
+    """[admitted, draft_tokens, features + 1] with the heads' log odds."""
+    sure = confidence.T.cpu().double().numpy().clip(1e-4, 1 - 1e-4)
+    repeated = np.repeat(features[:, None], sure.shape[1], axis=1)
+    return np.concatenate([repeated, np.log(sure / (1 - sure))[..., None]], axis=2)
+
+
+def _padded(features: Floats, heads: int) -> Floats:
+    """[n, heads, features], zeros for heads that did not draft."""
+    missing = heads - features.shape[1]
+    return np.pad(features, ((0, 0), (0, missing), (0, 0)))
