@@ -22,7 +22,7 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/pip install '$(CPU_TORCH)' || \
 	  $(BIN)/pip install '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX)
 endif
-	$(BIN)/pip install -e '.[$(EXTRA),train,dev]'
+	$(BIN)/pip install -e '.[$(EXTRA),train,bench,dev]'
 	$(BIN)/vllm-accel doctor --fix
 	touch $@
 

@@ -1,4 +1,4 @@
-"""`vllm-accel`: doctor, serve, train.
+"""`vllm-accel`: doctor, serve, train, bench.
 
 Each command imports what it needs when it runs, so that help is quick and the doctor
 starts in a broken installation.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vllm_accel
+from vllm_accel.bench import cli as bench
 from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import AccelError, ConfigError
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None takes the process's own.
 
     Returns:
-        The exit code: 0, 1 for a doctor that found something, 2 for an error.
+        The exit code: 0, 1 for a doctor or a bench that found something, 2 for an error.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -129,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train draft heads on a frozen model")
     methods = train.add_subparsers(dest="method", metavar="METHOD", required=True)
     _add_train_cerberus(methods)
+    bench.add_parser(commands)
     return root
 
 

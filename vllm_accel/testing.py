@@ -4,6 +4,9 @@
 The gates are for `"gate": "vllm_accel.testing:AlternatingGate"`.
 """
 
+import dataclasses
+import json
+import os
 import random
 from itertools import count
 from pathlib import Path
@@ -13,6 +16,8 @@ import torch
 
 from vllm_accel.cerberus import base_model, checkpoint
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.gating.cost import StepShape
+from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
 
 
@@ -40,6 +45,41 @@ class RandomGate:
     def admit(self, signals: Signals) -> list[bool]:
         """[num_reqs] True with probability one half."""
         return [self._random.random() < 0.5 for _ in range(len(signals))]
+
+
+class RecordingGoodput(Goodput):
+    """The gate `goodput` that writes what it is told and decides to `ACCEL_RECORD`.
+
+    JSON lines: {"decided": requests, "opened": how many}, {"verified", "accepted"} a
+    verdict, {"decode_rows", "requests", "prefill_tokens", "drafted_for", "seconds",
+    "predicted"} a measured step. Drafts at most `draft_tokens` per request.
+    """
+
+    def __init__(self, draft_tokens: int = 4) -> None:
+        super().__init__(draft_tokens)
+        path = Path(os.environ["ACCEL_RECORD"])
+        self._out = path.open("w", buffering=1)
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """See `Goodput.admit`."""
+        admitted = super().admit(signals)
+        self._write({"decided": len(admitted), "opened": sum(admitted)})
+        return admitted
+
+    def learn(self, req_id: str, verified: int, accepted: int) -> None:
+        """See `Goodput.learn`."""
+        super().learn(req_id, verified, accepted)
+        self._write({"verified": verified, "accepted": accepted})
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """See `Goodput.observe`."""
+        predicted = float(self.cost.seconds(shape)[0])
+        super().observe(shape, seconds)
+        times = {"seconds": seconds, "predicted": predicted}
+        self._write(dataclasses.asdict(shape) | times)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._out.write(json.dumps(line) + "\n")
 
 
 def write_tiny_model(

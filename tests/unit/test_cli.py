@@ -22,7 +22,7 @@ def test_help_names_every_command():
     done = command("--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: vllm-accel ")
-    for name in ("doctor", "serve", "train"):
+    for name in ("doctor", "serve", "train", "bench"):
         assert f"\n    {name} " in done.stdout
 
 

@@ -1,0 +1,109 @@
+"""What a bench needs of an engine and a tokenizer, and what it counts in an answer.
+
+`host/engines.py` has the real engine. The arithmetic is here, so that it is tested
+without one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+TokenIds = list[int]
+
+Step = tuple[float, dict[int, TokenIds]]
+"""Seconds since the batch was asked, and the tokens that the step gave to requests, by
+their place in the batch."""
+
+
+class Engine(Protocol):
+    """One engine, asked batch by batch."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights as loaded, such as `bfloat16`."""
+        ...
+
+    def run(
+        self, prompts: Sequence[TokenIds], sampling: Sequence[Mapping[str, Any]]
+    ) -> list[Step]:
+        """Asks all prompts at once, each with its arguments of `SamplingParams`."""
+        ...
+
+    def top2_gap(self, prompt: TokenIds) -> float:
+        """Difference of the two best next tokens' logprobs, in nats."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """`vllm:accel_*` counters by name; `NAME|STATE` where they have a state."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prompt."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What of a Hugging Face tokenizer is used."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones apart."""
+        ...
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Tokens that are no text."""
+        ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> TokenIds:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A batch's answers, and what decoding them took; prefill is apart.
+
+    Attributes:
+        token_ids: every token of each request, in the order of the batch.
+        tokens: those given after each request of the batch had its first.
+        seconds: the time these took.
+        later_tokens: tokens after each request's own first step.
+        later_steps: (request, step) pairs that gave them.
+    """
+
+    token_ids: list[TokenIds]
+    tokens: int
+    seconds: float
+    later_tokens: int
+    later_steps: int
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], num_requests: int) -> "Decoded":
+        """Counts the steps of one batch; every request got a token."""
+        said: list[TokenIds] = [[] for _ in range(num_requests)]
+        tokens = later_tokens = later_steps = 0
+        started: float | None = None
+        for at, given in steps:
+            for request, token_ids in given.items():
+                later_steps += bool(said[request])
+                later_tokens += len(token_ids) if said[request] else 0
+                tokens += len(token_ids) if started is not None else 0
+                said[request] += token_ids
+            if started is None and all(said):
+                started = at
+        seconds = steps[-1][0] - started if started is not None else 0.0
+        return cls(said, tokens, seconds, later_tokens, later_steps)
+
+
+def tokens_per_s(batches: Sequence[Decoded]) -> float:
+    """Decode rate over several batches asked one after the other."""
+    return sum(b.tokens for b in batches) / sum(b.seconds for b in batches)

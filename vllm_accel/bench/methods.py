@@ -1,0 +1,129 @@
+"""The methods a bench knows, as arguments of vLLM's engine."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_accel.errors import ConfigError
+
+COUNTED = {"cerberus"}
+"""Methods of ours: they count what their gate does."""
+
+PREFILL: dict[str, dict[str, Any]] = {"dense": {}}
+"""Arguments of the engine for each method of `bench prefill`."""
+
+MEDUSA_FOLDERS = ("vllm_medusa", "medusa")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a method may need to know.
+
+    Attributes:
+        model: folder or hub id.
+        medusa: folder of the heads; None looks in the model's folder and beside it.
+        cerberus: keys of its `--speculative-config`.
+    """
+
+    model: str
+    medusa: Path | None = None
+    cerberus: dict[str, Any] = field(default_factory=dict)
+
+
+def named(names: Sequence[str], known: Sequence[str], baseline: str) -> list[str]:
+    """The methods to run: the baseline first, each of them once.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--methods has {name!r}: expected names among {', '.join(known)}; "
+                "correct it."
+            )
+    return list(dict.fromkeys([baseline, *names]))
+
+
+def decode_arguments(names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
+    """Arguments of the engine for each method of `bench decode`, plain first.
+
+    Raises:
+        ConfigError: a method is unknown, or lacks its heads or its library.
+    """
+    return {name: DECODE[name](settings) for name in named(names, list(DECODE), "plain")}
+
+
+def _cerberus(settings: Settings) -> dict[str, Any]:
+    return {"speculative_config": {"method": "cerberus", **settings.cerberus}}
+
+
+def _medusa(settings: Settings) -> dict[str, Any]:
+    folder = _medusa_folder(settings)
+    config = {
+        "method": "medusa",
+        "model": str(folder),
+        "num_speculative_tokens": _num_heads(folder),
+    }
+    return {"speculative_config": config}
+
+
+def _medusa_folder(settings: Settings) -> Path:
+    """Of heads in vLLM's format, which training writes into a folder of the heads."""
+    model = Path(settings.model)
+    near = [place / name for place in (model, model.parent) for name in MEDUSA_FOLDERS]
+    given = [settings.medusa] if settings.medusa else near
+    folders = [folder / inner for folder in given for inner in (MEDUSA_FOLDERS[0], "")]
+    found = next((folder for folder in folders if _num_heads(folder)), None)
+    if found is None:
+        raise ConfigError(
+            f"No Medusa heads in {' or '.join(map(str, given))}: expected a folder in "
+            "vLLM's own format, with num_heads in its config.json; name it with --medusa, "
+            "or leave medusa out of --methods."
+        )
+    return found
+
+
+def _num_heads(folder: Path) -> int:
+    """0 where there are no heads in vLLM's format."""
+    try:
+        heads = json.loads((folder / "config.json").read_text())["num_heads"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return heads if isinstance(heads, int) else 0
+
+
+def _ngram(settings: Settings) -> dict[str, Any]:
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+    return {"speculative_config": config}
+
+
+def _suffix(settings: Settings) -> dict[str, Any]:
+    if importlib.util.find_spec("arctic_inference") is None:
+        raise ConfigError(
+            "--methods has suffix, whose library arctic_inference is not installed: "
+            "expected it beside vLLM; run pip install arctic-inference==0.1.1, or leave "
+            "suffix out."
+        )
+    # Prompts come again when the file is short: answers kept from earlier rounds would
+    # be drafted word for word.
+    config = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
+    return {"speculative_config": config}
+
+
+DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    "plain": lambda settings: {},
+    "cerberus": _cerberus,
+    "medusa": _medusa,
+    "ngram": _ngram,
+    "suffix": _suffix,
+}
+"""Arguments of the engine for each method of `bench decode`."""

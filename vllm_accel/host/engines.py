@@ -1,0 +1,124 @@
+"""Engines of `vllm-accel bench`: vLLM's own `LLM`, driven step by step."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prometheus_client import REGISTRY
+from vllm import LLM
+from vllm.inputs import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers import get_tokenizer
+
+from vllm_accel.errors import AccelError
+
+_RESET_TRIES = 100
+_RESET_WAIT_S = 0.01
+
+
+class Engine:
+    """One engine in processes of its own, waiting for batches.
+
+    Args:
+        engine_args: of `LLM`; what is not given is as users get it.
+    """
+
+    def __init__(self, **engine_args: Any) -> None:
+        self._llm = LLM(**engine_args)
+        self._engine = self._llm.llm_engine
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights as loaded, such as `bfloat16`."""
+        model_config = self._llm.model_config
+        return str(model_config.dtype).removeprefix("torch.")
+
+    def run(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[float, dict[int, list[int]]]]:
+        """Asks all prompts at once and waits for the end of their answers.
+
+        Args:
+            prompts: token ids of each.
+            sampling: arguments of SamplingParams for each.
+
+        Returns:
+            Per step that gave tokens: seconds since the first prompt was handed over,
+            and the new token ids by the place of their prompt.
+        """
+        asked = [
+            (tokens_input(token_ids), _sampling_params(given))
+            for token_ids, given in zip(prompts, sampling, strict=True)
+        ]
+        began = time.perf_counter()
+        for place, (prompt, params) in enumerate(asked):
+            self._engine.add_request(str(place), prompt, params)
+        steps = []
+        while self._engine.has_unfinished_requests():
+            outputs = self._engine.step()
+            at = time.perf_counter() - began
+            given = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
+            if any(given.values()):
+                steps.append((at, {place: ids for place, ids in given.items() if ids}))
+        return steps
+
+    def top2_gap(self, prompt: list[int]) -> float:
+        """Difference of the two best next tokens' logprobs after a prompt, in nats."""
+        params = _sampling_params({"temperature": 0.0, "max_tokens": 1, "logprobs": 2})
+        self._engine.add_request("gap", tokens_input(prompt), params)
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        (position,) = outputs[0].outputs[0].logprobs
+        best = sorted((token.logprob for token in position.values()), reverse=True)
+        return best[0] - best[1]
+
+    def counters(self) -> dict[str, float]:
+        """`vllm:accel_*` counters of the last cerberus engine that was started.
+
+        By name, and `NAME|STATE` where they have a state. Not from `LLM.get_metrics`,
+        which cuts seconds to whole ones.
+        """
+        totals: Counter[str] = Counter()
+        for metric in REGISTRY.collect():
+            if metric.name.startswith("vllm:accel_"):
+                for sample in metric.samples:
+                    state = sample.labels.get("state")
+                    totals[metric.name + (f"|{state}" if state else "")] += sample.value
+        return dict(totals)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prompt.
+
+        Raises:
+            AccelError: blocks are still in use a second after the last answer.
+        """
+        for _ in range(_RESET_TRIES):
+            if self._engine.reset_prefix_cache():
+                return
+            time.sleep(_RESET_WAIT_S)
+        raise AccelError(
+            "The prefix cache could not be reset, as blocks are still in use: expected an "
+            "idle engine; run the bench again."
+        )
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self._engine.engine_core.shutdown()
+
+
+def tokenizer(model: str) -> Any:
+    """The tokenizer vLLM would use, without an engine."""
+    return get_tokenizer(model)
+
+
+def device_name() -> str:
+    """`cpu`, or the accelerator's name."""
+    return current_platform.get_device_name()
+
+
+def _sampling_params(given: Mapping[str, Any]) -> SamplingParams:
+    """Each step's new tokens alone, so that they can be counted."""
+    return SamplingParams(**given, output_kind=RequestOutputKind.DELTA)
