@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: setup check test demo clean
+.PHONY: setup check test test-distributed demo clean
 
 setup: .venv/ready-$(EXTRA)
 
@@ -37,6 +37,9 @@ check: setup
 
 test: setup
 	$(BIN)/pytest tests
+
+test-distributed: setup  # two ranks; not part of `test`
+	$(BIN)/pytest tests/distributed -m distributed
 
 demo: setup
 	$(BIN)/python examples/demo.py

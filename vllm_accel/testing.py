@@ -47,6 +47,16 @@ class RandomGate:
         return [self._random.random() < 0.5 for _ in range(len(signals))]
 
 
+class CoinGate:
+    """Open by the toss of a coin, another one in every process."""
+
+    reason = "coin"
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] True with probability one half."""
+        return [random.SystemRandom().random() < 0.5 for _ in range(len(signals))]
+
+
 class RecordingGoodput(Goodput):
     """The gate `goodput` that writes what it is told and decides to `ACCEL_RECORD`.
 

@@ -45,6 +45,19 @@ def test_heads_are_trained_measured_and_fit_their_base(command, tmp_path):
     assert accepted == pytest.approx(config.accepted_per_step, abs=0.1)
 
 
+def test_medusa_heads_are_written_for_vllm_too(command, tmp_path):
+    more = ["--heads", "medusa", "--targets", "base", "--draft-vocab", "500"]
+    done = run([*command, *more, "--license", "mit"], tmp_path / "heads")
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = checkpoint.load_config(tmp_path / "heads")
+    assert (config.blocks, config.cross_links, config.draft_vocab_size) == (1, False, 500)
+    theirs = json.loads((tmp_path / "heads" / "vllm_medusa" / "config.json").read_text())
+    assert (theirs["model_type"], theirs["num_heads"]) == ("medusa", 2)
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "`text.txt`" in card
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(command, tmp_path):
     output = tmp_path / "heads"
     killed = subprocess.Popen(
