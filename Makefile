@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: setup check test test-distributed demo clean
+.PHONY: setup check test test-distributed demo readme clean
 
 setup: .venv/ready-$(EXTRA)
 
@@ -43,6 +43,9 @@ test-distributed: setup  # two ranks; not part of `test`
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+readme:  # README's tables, from docs/results
+	$(BIN)/python docs/results/readme_table.py
 
 clean:  # leaves .venv: it is slow to make again
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -15,15 +15,15 @@ from vllm_accel.errors import ConfigError
 
 Floats = NDArray[np.float64]
 
-BENDS = (8, 32, 128)
-"""Decode rows at which the price of a row may change."""
+_BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
+_COLUMNS = 9
 
 _FORGET = 0.995
 _ANCHOR = 1e-3
 _TOLERANCE = 3.0
 _FIRST_SCALE = 0.3
-_HOPELESS = 10.0
-_BATCH = 4
+_FIRST = 4
+_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,15 @@ class StepShape:
 
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""
-        rows = np.atleast_1d(np.asarray(self.decode_rows, dtype=np.float64))
-        columns = [
-            np.ones_like(rows),
-            rows / 32,
-            *(np.maximum(rows - bend, 0) / 32 for bend in BENDS),
-            np.broadcast_to(np.asarray(self.requests) / 32, rows.shape),
-            np.broadcast_to(np.asarray(self.prefill_tokens) / 512, rows.shape),
-            np.broadcast_to(np.asarray(self.drafted_for) > 0, rows.shape),
-            np.broadcast_to(np.asarray(self.drafted_for) / 32, rows.shape),
-        ]
-        return np.stack(columns, axis=1)
+        rows = np.asarray(self.decode_rows, dtype=np.float64).reshape(-1, 1)
+        columns = np.empty((len(rows), _COLUMNS))
+        columns[:, 0] = 1
+        columns[:, 1:5] = np.maximum(rows - _BENDS, 0) / 32
+        columns[:, 5] = np.asarray(self.requests) / 32
+        columns[:, 6] = np.asarray(self.prefill_tokens) / 512
+        columns[:, 7] = np.asarray(self.drafted_for) > 0
+        columns[:, 8] = np.asarray(self.drafted_for) / 32
+        return columns
 
 
 class StepCost:
@@ -63,9 +61,8 @@ class StepCost:
     """
 
     def __init__(self) -> None:
-        size = StepShape(1, 1).features().shape[1]
-        self._prices: Floats = np.zeros(size)
-        self._information: Floats = np.zeros((size, size))
+        self._prices: Floats = np.zeros(_COLUMNS)
+        self._information: Floats = np.zeros((_COLUMNS, _COLUMNS))
         self._scale = _FIRST_SCALE
         self._waiting: list[tuple[StepShape, float]] = []
         self.steps = 0
@@ -77,14 +74,10 @@ class StepCost:
         return np.maximum(predicted, 1e-6)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Takes one measured step in; a few are learnt from together.
-
-        What took ten times as long as it should was something else: a pause, a reset.
-        """
-        if self.steps > _BATCH and seconds > _HOPELESS * float(self.seconds(shape)[0]):
-            return
+        """Takes one measured step in; a few are learnt from together."""
         self._waiting.append((shape, seconds))
-        if len(self._waiting) >= _BATCH or self.steps < _BATCH:
+        new = len({(s.requests, s.drafted_for) for s, _ in self._waiting}) > 1
+        if len(self._waiting) >= (_FIRST if new else _BATCH) or self.steps < _FIRST:
             self._learn()
 
     def _learn(self) -> None:
@@ -95,19 +88,24 @@ class StepCost:
         if self.steps == 0:
             self._prices[0] = measured[0]
         self.steps += len(measured)
-        predicted = np.maximum(features @ self._prices, 0.2 * measured)
-        errors = (measured - features @ self._prices) / predicted
-        limit = _TOLERANCE * self._scale
-        weights = np.minimum(1.0, limit / np.maximum(np.abs(errors), 1e-12))
-        typical = float(np.minimum(np.abs(errors), limit).mean())
-        self._scale = max(0.01, 0.95 * self._scale + 0.05 * typical)
+        guessed = features @ self._prices
+        predicted = np.maximum(guessed, 0.2 * measured)
+        errors = (measured - guessed) / predicted
+        weights = self._trust(errors)
         rows = features / predicted[:, None]
         self._information *= _FORGET ** len(measured)
         self._information += (rows * weights[:, None]).T @ rows
-        anchored = (
-            self._information + _ANCHOR * np.eye(len(self._prices)) / measured[0] ** 2
-        )
+        anchored = self._information + np.eye(_COLUMNS) * (_ANCHOR / predicted[0] ** 2)
         self._prices += np.linalg.solve(anchored, rows.T @ (weights * errors))
+
+    def _trust(self, errors: Floats) -> Floats:
+        """[steps] weights that hold what is far off down to a few typical errors."""
+        limit = _TOLERANCE * self._scale
+        size = np.abs(errors)
+        self._scale += 0.05 * (float(np.minimum(size, limit).mean()) - self._scale)
+        self._scale = max(0.01, self._scale)
+        trust: Floats = np.minimum(1.0, limit / np.maximum(size, 1e-12))
+        return trust
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; `load_state_dict` makes another one alike."""
@@ -124,7 +122,6 @@ class StepCost:
         Raises:
             ConfigError: it is not a state of this version.
         """
-        size = len(self._prices)
         try:
             prices = np.array(state["prices"], dtype=np.float64)
             information = np.array(state["information"], dtype=np.float64)
@@ -134,10 +131,10 @@ class StepCost:
                 f"A saved step cost cannot be read ({error!r}): expected what this version "
                 "wrote; delete the state file."
             ) from error
-        if prices.shape != (size,) or information.shape != (size, size):
+        if (prices.shape, information.shape) != ((_COLUMNS,), (_COLUMNS, _COLUMNS)):
             raise ConfigError(
-                f"A saved step cost has {prices.shape} prices: expected ({size},); delete "
-                "the state file."
+                f"A saved step cost has {prices.shape} prices: expected ({_COLUMNS},); "
+                "delete the state file."
             )
         self._prices, self._information = prices, information
         self._scale, self.steps = scale, steps

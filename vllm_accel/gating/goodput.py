@@ -25,6 +25,8 @@ Floats = NDArray[np.float64]
 
 RECONSIDER_EVERY = 8
 """Closed steps between looks at the signals, while the load stays as it is."""
+HABIT_AFTER, HABIT_EVERY = 16, 4
+"""Full drafts in a row after which every fourth step is weighed only; weighing costs."""
 REOPEN_GAIN = 1.03
 """A closed gate opens for a rate this much better; an open one closes at any loss."""
 FIRST_STEPS = 3
@@ -32,7 +34,7 @@ FIRST_STEPS = 3
 REFRESH_EVERY = 96
 """Steps of one kind before one of the other, so that neither price nor odds grow old."""
 
-_VERDICTS_AT_ONCE = 8
+_VERDICTS_AT_ONCE = 16
 _RECENT = 0.2
 _BEFORE_PRIOR = (0.4, -0.35, 1.5)
 """Log odds that a draft token survives: constant, per nat, per share of recent ones."""
@@ -56,6 +58,8 @@ class _Step:
     features: Floats = field(default_factory=lambda: np.zeros((0, 2)))
     requests: int = 0
     trying: bool = False
+    everybody: bool = False
+    by_habit: bool = False
 
 
 @dataclass(slots=True)
@@ -67,6 +71,8 @@ class _Load:
     """By whether anything drafted."""
     same: int = 0
     """Decisions since the last of the other kind."""
+    full: int = 0
+    """Weighed decisions in a row that drafted everything for everybody."""
 
     def note(self, drafting: bool, trying: bool) -> None:
         """Counts a decision."""
@@ -114,17 +120,26 @@ class Goodput:
         if kind is False or (kind is None and _stays_closed(load)):
             load.note(False, step.trying)
             return [False] * len(signals)
+        if kind is None and _drafts_by_habit(load):
+            load.note(True, False)
+            step.by_habit = True
+            return [True] * len(signals)
         features = self._features(signals)
         admitted = self._wanted(features, load, trying=step.trying)
         load.note(bool(admitted.any()), step.trying)
         pairs = zip(signals.req_ids, admitted, strict=True)
         step.req_ids = [req_id for req_id, yes in pairs if yes]
         step.features = features[admitted]
+        step.everybody = bool(admitted.all())
+        if not step.everybody:
+            load.full = 0
         return [bool(yes) for yes in admitted]
 
     def lengths(self, drafts: DraftSignals) -> list[int]:
         """How many draft tokens to verify of each admitted request."""
         step = self._step
+        if step.by_habit:
+            return [drafts.draft_tokens] * len(drafts)
         after = _after_features(step.features, drafts.confidence)
         for i, req_id in enumerate(step.req_ids):
             self._waiting[req_id] = _Waiting(step.features[i], after[i])
@@ -132,7 +147,11 @@ class Goodput:
         if step.trying:
             return [heads] * len(step.req_ids)
         odds = self._after.probability(_padded(after, self._draft_tokens))[:, :heads]
-        return self._best(odds.cumprod(axis=1), heads_run=True).lengths
+        lengths = self._best(odds.cumprod(axis=1), heads_run=True).lengths
+        load = self._loads[step.requests.bit_length()]
+        everything = step.everybody and min(lengths) == heads
+        load.full = load.full + 1 if everything else 0
+        return lengths
 
     def learn(self, req_id: str, verified: int, accepted: int) -> None:
         """Takes the verdict on a request's last draft in."""
@@ -189,7 +208,7 @@ class Goodput:
     def _features(self, signals: Signals) -> Floats:
         """[num_reqs, 2] entropy and the share of recent drafts accepted."""
         recent = [self._recent.get(req_id, self._usual) for req_id in signals.req_ids]
-        return np.stack([signals.entropy.cpu().double().numpy(), recent], axis=1)
+        return np.array([signals.entropy.tolist(), recent]).T
 
     def _wanted(self, features: Floats, load: _Load, *, trying: bool) -> NDArray[np.bool_]:
         """[num_reqs] whose heads to run; one of them at most to try a closed gate."""
@@ -247,15 +266,12 @@ def best_drafts(
     """
     requests, draft_tokens = survival.shape
     order = np.argsort(-survival, axis=None, kind="stable")
-    drafted_for = np.full(len(order) + 1, requests if heads_run else 0)
-    if not heads_run:
-        begun = np.unique(order // draft_tokens, return_index=True)[1]
-        drafted_for[1 + begun] = 1
-        drafted_for = drafted_for.cumsum()
+    first_tokens = np.concatenate([[0], order % draft_tokens == 0])
+    drafted_for = requests if heads_run else first_tokens.cumsum()
     rows = plain.decode_rows + np.arange(len(order) + 1)
     shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for)
     seconds = cost.seconds(shapes)
-    tokens = plain.requests + np.concatenate([[0.0], survival.flat[order].cumsum()])
+    tokens = plain.requests + np.concatenate([[0.0], survival.ravel()[order].cumsum()])
     rates = tokens / np.maximum.accumulate(seconds)
     best = int(rates.argmax())
     lengths = np.bincount(order[:best] // draft_tokens, minlength=requests)
@@ -275,12 +291,19 @@ def _after_features(
     confidence: Tensor,  # [draft_tokens, admitted]
 ) -> Floats:
     """[admitted, draft_tokens, features + 1] with the heads' log odds."""
-    sure = confidence.T.cpu().double().numpy().clip(1e-4, 1 - 1e-4)
-    repeated = np.repeat(features[:, None], sure.shape[1], axis=1)
-    return np.concatenate([repeated, np.log(sure / (1 - sure))[..., None]], axis=2)
+    sure = np.array(confidence.tolist()).T.clip(1e-4, 1 - 1e-4)
+    after = np.empty((*sure.shape, features.shape[1] + 1))
+    after[..., :-1] = features[:, None]
+    after[..., -1] = np.log(sure / (1 - sure))
+    return after
+
+
+def _drafts_by_habit(load: _Load) -> bool:
+    habit = not load.closed and load.full >= HABIT_AFTER
+    return habit and load.same % HABIT_EVERY != 0
 
 
 def _padded(features: Floats, heads: int) -> Floats:
     """[n, heads, features], zeros for heads that did not draft."""
     missing = heads - features.shape[1]
-    return np.pad(features, ((0, 0), (0, missing), (0, 0)))
+    return np.pad(features, ((0, 0), (0, missing), (0, 0))) if missing else features

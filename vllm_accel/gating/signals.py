@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_LEAST = -80.0  # nats below the best; exp of it is nothing in float32
+
 
 def entropy(
     logits: Tensor,  # [num_reqs, vocab] floating
@@ -15,8 +17,11 @@ def entropy(
     Returns:
         [num_reqs] float32.
     """
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(dim=-1)
+    below = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    below = below.clamp_(min=_LEAST)  # a forbidden token is at -inf, and 0 * inf is nan
+    odds = below.exp()
+    total = odds.sum(dim=-1)
+    return total.log() - (odds * below).sum(dim=-1) / total
 
 
 def margin(
