@@ -114,6 +114,8 @@ class Goodput:
     def admit(self, signals: Signals) -> list[bool]:
         """[num_reqs] True where the heads are to run; see `Gate.admit`."""
         self._step = step = _Step(requests=signals.num_decoding)
+        for req_id in signals.req_ids:  # a draft the engine dropped gets no verdict
+            self._waiting.pop(req_id, None)
         load = self._loads[signals.num_decoding.bit_length()]
         kind = load.untried()
         step.trying = kind is not None
@@ -141,28 +143,34 @@ class Goodput:
         if step.by_habit:
             return [drafts.draft_tokens] * len(drafts)
         after = _after_features(step.features, drafts.confidence)
+        lengths = self._lengths(after)
         for i, req_id in enumerate(step.req_ids):
-            self._waiting[req_id] = _Waiting(step.features[i], after[i])
-        heads = after.shape[1]
-        if step.trying:
-            return [heads] * len(step.req_ids)
+            if lengths[i]:
+                self._waiting[req_id] = _Waiting(step.features[i], after[i])
+        return lengths
+
+    def _lengths(self, after: Floats) -> list[int]:
+        requests, heads, _ = after.shape
+        if self._step.trying:
+            return [heads] * requests
         odds = self._after.probability(_padded(after, self._draft_tokens))[:, :heads]
         lengths = self._best(odds.cumprod(axis=1), heads_run=True).lengths
-        load = self._loads[step.requests.bit_length()]
-        everything = step.everybody and min(lengths) == heads
+        load = self._loads[self._step.requests.bit_length()]
+        everything = self._step.everybody and min(lengths) == heads
         load.full = load.full + 1 if everything else 0
         return lengths
 
     def learn(self, req_id: str, verified: int, accepted: int) -> None:
         """Takes the verdict on a request's last draft in."""
         waiting = self._waiting.pop(req_id, None)
-        if waiting is None or verified == 0:
+        if verified == 0:
             return
         share = accepted / verified
         self._usual += 0.02 * (share - self._usual)
         recent = self._recent.get(req_id, self._usual)
         self._recent[req_id] = recent + _RECENT * (share - recent)
-        self._verdicts.append((waiting, verified, accepted))
+        if waiting is not None:
+            self._verdicts.append((waiting, verified, accepted))
         if len(self._verdicts) >= _VERDICTS_AT_ONCE:
             self._learn_all()
 
