@@ -1,11 +1,10 @@
 """Is drafting helping? What was given, against what plain steps would have given."""
 
-from dataclasses import dataclass, field
+import numpy as np
 
 from vllm_accel.gating.cost import StepCost, StepShape
 
 
-@dataclass(slots=True)
 class Benefit:
     """Output rate over the rate of plain steps for the same requests.
 
@@ -14,30 +13,29 @@ class Benefit:
     plain time is what the cost model says a step without drafts and heads takes.
     """
 
-    cost: StepCost = field(default_factory=StepCost)
-    plain_steps: int = 0
-    _tokens: int = 0
-    _seconds: float = 0.0
-    _requests: int = 0
-    _plain_seconds: float = 0.0
+    def __init__(self) -> None:
+        self._cost = StepCost()
+        self._plain_steps = 0
+        self._steps: list[tuple[StepShape, int, float]] = []
 
     def add(self, shape: StepShape, tokens: int, seconds: float) -> None:
         """Takes a measured step in which every request decoded."""
-        self.cost.observe(shape, seconds)
-        self.plain_steps += shape.decode_rows == shape.requests and not shape.drafted_for
-        self._tokens += tokens
-        self._seconds += seconds
-        self._requests += shape.requests
-        plain = StepShape(shape.requests, shape.requests)
-        self._plain_seconds += float(self.cost.seconds(plain)[0])
+        self._steps.append((shape, tokens, seconds))
 
     def ratio(self) -> float | None:
-        """Above 1 drafting helps; None until plain steps were seen."""
-        if not self.plain_steps or not self._requests:
-            return None
-        return (self._tokens / self._seconds) / (self._requests / self._plain_seconds)
+        """Above 1 drafting helps; None until plain steps were seen.
 
-    def start_anew(self) -> None:
-        """Begins another interval; what steps cost stays known."""
-        self._tokens = self._requests = 0
-        self._seconds = self._plain_seconds = 0.0
+        Of the steps since the last call; what they say of costs stays known.
+        """
+        steps, self._steps = self._steps, []
+        for shape, _, seconds in steps:
+            self._cost.observe(shape, seconds)
+            rows = shape.decode_rows
+            self._plain_steps += rows == shape.requests and not shape.drafted_for
+        if not steps or not self._plain_steps:
+            return None
+        requests = np.array([shape.requests for shape, _, _ in steps])
+        plain_seconds = self._cost.seconds(StepShape(requests, requests)).sum()
+        tokens = sum(tokens for _, tokens, _ in steps)
+        seconds = sum(seconds for _, _, seconds in steps)
+        return float((tokens / seconds) / (requests.sum() / plain_seconds))

@@ -5,7 +5,7 @@ weights are streamed for one request and dear once the machine computes. Only me
 time tells where (papers.md 1.3).
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ class StepCost:
     def _learn(self) -> None:
         shapes, seconds = zip(*self._waiting, strict=True)
         self._waiting.clear()
-        features = np.concatenate([shape.features() for shape in shapes])
+        features = StepShape(*np.array([astuple(s) for s in shapes]).T).features()
         measured = np.array(seconds)
         if self.steps == 0:
             self._prices[0] = measured[0]

@@ -9,6 +9,8 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ FOLDER_VARIABLE = "ACCEL_METRICS_DIR"
 variables it does not know."""
 
 _FILES = "counter_accel-*.db"
+_WRITE_EVERY_S = 0.25
 
 HELP = {
     "vllm:accel_gate_decisions": "Gate decisions, one per decoding request and step.",
@@ -53,16 +56,29 @@ class CounterFile:
             "method": method,
         }
         self._keys: dict[tuple[str, ...], str] = {}
+        self._waiting: Counter[str] = Counter()
+        self._written = time.monotonic()
         name = _FILES.replace("*", f"{os.getpid()}-{engine}")
         self._values = MmapedDict(str(Path(folder) / name)) if folder else None
 
     def add(self, name: str, amount: float, **labels: str) -> None:
-        """Adds to one counter; `name` is a key of `HELP`."""
-        if self._values is None or amount == 0:
+        """Adds to one counter; `name` is a key of `HELP`. Seen after the next `write`."""
+        if self._values is not None and amount:
+            self._waiting[self._key(name, labels)] += amount
+
+    def write(self, *, busy: bool) -> None:
+        """Makes what was added visible: at once, or four times a second while busy.
+
+        A file write per counter and step would be felt in short steps.
+        """
+        now = time.monotonic()
+        if busy and now - self._written < _WRITE_EVERY_S:
             return
-        key = self._key(name, labels)
-        value, _ = self._values.read_value(key)
-        self._values.write_value(key, value + amount, 0.0)
+        self._written = now
+        for key, amount in self._waiting.items():
+            value, _ = self._values.read_value(key)
+            self._values.write_value(key, value + amount, 0.0)
+        self._waiting.clear()
 
     def _key(self, name: str, labels: dict[str, str]) -> str:
         """The file's key of a counter; made once, it is JSON."""

@@ -57,11 +57,10 @@ class AccelScheduler(Scheduler):
             ]
             self._count(report, given)
             self._summary.add(report, given)
-        self._clock.end(
-            scheduler_output,
-            0 if report is None else report.drafted_for,
-            busy=self.has_unfinished_requests(),
-        )
+        busy = self.has_unfinished_requests()
+        drafted_for = 0 if report is None else report.drafted_for
+        self._clock.end(scheduler_output, drafted_for, busy=busy)
+        self._counters.write(busy=busy)
         return outputs
 
     def _count(self, report: StepReport, given: list[int]) -> None:

@@ -21,7 +21,6 @@ class Summary:
         self._start_interval()
 
     def _start_interval(self) -> None:
-        self._benefit.start_anew()
         self._since = time.monotonic()
         self._steps = self._tokens = self._drafted = self._accepted = 0
         self._open = self._decisions = 0
