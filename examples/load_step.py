@@ -40,19 +40,19 @@ def run(model: str, prompts: Path, tokens: int) -> None:
     texts = [texts[i % len(texts)] for i in range(max(PHASES))]
     for requests in PHASES:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        with Path(os.environ["ACCEL_RECORD"]).open("a") as record:
+            record.write(json.dumps({"phase": requests}) + "\n")
         llm.generate(texts[:requests], sampling, use_tqdm=False)
 
 
 def phases(lines: list[dict]) -> list[list[dict]]:
-    """The lines of each phase; a phase begins with another number of decisions."""
-    parts: list[list[dict]] = [[] for _ in PHASES]
-    now, wanted = -1, iter((*PHASES, None))
-    following = next(wanted)
+    """The lines of each phase, which begin with a mark of `run`."""
+    parts: list[list[dict]] = []
     for line in lines:
-        if line.get("decided") == following:
-            now, following = now + 1, next(wanted)
-        if now >= 0:
-            parts[now].append(line)
+        if "phase" in line:
+            parts.append([])
+        elif parts:
+            parts[-1].append(line)
     return parts
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,10 +88,15 @@ def _train_cerberus(options: argparse.Namespace) -> int:
 
 def _self_generated(run: "TrainingRun", rows: int) -> "TrainingRun":
     """The same run on the model's own continuations of its data."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--self-generate was started by accelerate in several processes: expected one; "
+            "generate without accelerate first, then train on continuations.jsonl."
+        )
     from vllm_accel.training import cerberus
 
     texts = cerberus.whole_texts(run)
-    file = run.output / "continuations.jsonl"
+    file = run.output / "generation" / "continuations.jsonl"
     try:
         from vllm_accel.host import generate
     except ImportError as error:

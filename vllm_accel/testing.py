@@ -62,13 +62,13 @@ class RecordingGoodput(Goodput):
 
     JSON lines: {"decided": requests, "opened": how many}, {"verified", "accepted"} a
     verdict, {"decode_rows", "requests", "prefill_tokens", "drafted_for", "seconds",
-    "predicted"} a measured step. Drafts at most `draft_tokens` per request.
+    "predicted"} a measured step.
     """
 
-    def __init__(self, draft_tokens: int = 4) -> None:
+    def __init__(self, draft_tokens: int) -> None:
         super().__init__(draft_tokens)
         path = Path(os.environ["ACCEL_RECORD"])
-        self._out = path.open("w", buffering=1)
+        self._out = path.open("a", buffering=1)
 
     def admit(self, signals: Signals) -> list[bool]:
         """See `Goodput.admit`."""

@@ -40,8 +40,12 @@ def main() -> None:
     """Puts one table per decode file between README's two marks."""
     tables = "\n\n".join(table(file) for file in sorted(HERE.glob("decode-*.json")))
     between = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.S)
-    text = README.read_text()
-    README.write_text(between.sub(f"{BEGIN}\n\n{tables}\n\n{END}", text))
+    text, count = between.subn(
+        lambda _: f"{BEGIN}\n\n{tables}\n\n{END}", README.read_text()
+    )
+    if count != 1:
+        raise SystemExit(f"{README} has {count} places for results: expected one.")
+    README.write_text(text)
 
 
 if __name__ == "__main__":

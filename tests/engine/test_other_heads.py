@@ -78,7 +78,7 @@ def test_vllm_serves_the_medusa_heads_we_write(generate, tiny, plain, tmp_path):
     assert found["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_a_limited_vocabulary_drafts_only_its_tokens(generate, tiny, plain, tmp_path):
+def test_heads_of_a_limited_vocabulary_are_served(generate, tiny, plain, tmp_path):
     config, heads = checkpoint.load(Path(tiny[1]))
     allowed = sorted({token for answer in plain for token in answer})[:20]
     heads.limit_vocabulary(torch.tensor(allowed))

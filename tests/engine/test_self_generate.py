@@ -18,15 +18,15 @@ def test_heads_are_trained_on_what_the_model_says(tmp_path):
     text = "".join(json.loads(line)["prompt"] for line in prompts)
     (tmp_path / "text.txt").write_text(text)
     output = tmp_path / "heads"
-    output.mkdir()
+    (output / "generation").mkdir(parents=True)
     kept = json.dumps({"prompt_ids": [5], "token_ids": [6, 7, 8, 9, 10, 11, 12]})
     # A run was killed while it wrote its second line.
-    (output / "continuations.jsonl").write_text(kept + '\n{"prompt_ids": [')
+    (output / "generation" / "continuations.jsonl").write_text(kept + '\n{"prompt_ids": [')
     options = ["--data", tmp_path / "text.txt", "--output", output, "--self-generate", "6"]
     command = [VLLM_ACCEL, "train", "cerberus", "--model", REFERENCE / "weights", *options]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = (output / "continuations.jsonl").read_text().splitlines()
+    lines = (output / "generation" / "continuations.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert lines[0] == kept
     assert all(len(json.loads(line)["prompt_ids"]) == 96 for line in lines[1:])

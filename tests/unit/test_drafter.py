@@ -72,3 +72,14 @@ def test_a_request_still_in_prefill_is_not_a_decision():
     assert drafts[0] == []
     assert report.gate.total() == 1
     assert report.draft_lengths.total() == 1
+
+
+def test_the_heads_run_for_whom_the_first_rank_says():
+    heads = CerberusHeads(draft_tokens=3, blocks=2, hidden_size=HIDDEN)
+    lm_head = CountingLMHead()
+    drafter = CerberusDrafter(heads, lm_head, Unlearning(Never()), lambda decide: [1])
+    hidden = torch.randn(2, HIDDEN)
+    drafts = drafter.draft(
+        ["a", "b"], [0, 1], [9, 9], hidden, lm_head(hidden), StepReport()
+    )
+    assert [len(draft) for draft in drafts] == [0, 3]

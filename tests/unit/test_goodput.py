@@ -139,3 +139,20 @@ def test_what_is_verified_is_the_beginning_of_each_draft_likeliest_first():
     best = best_drafts(survival, StepShape(4, 4), known_cost(6e-4))
     assert best.lengths == [2, 0, 1, 0]
     assert best.gain > 1
+
+
+def test_drafts_made_by_habit_teach_no_calibrator():
+    engine = Engine(survive=0.95)
+    engine.run(1, 200)
+    weighed = 0
+    for _ in range(40):
+        engine.step(1)
+        weighed += "0" in engine.gate._waiting
+    assert 0 < weighed < 20
+
+
+def test_a_closed_gate_is_tried_for_one_request_only():
+    engine = Engine(survive=0.02)
+    engine.run(32, 60)
+    opened = [engine.step(32) for _ in range(300)]
+    assert max(opened) == 1 / 32

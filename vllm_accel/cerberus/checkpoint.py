@@ -113,16 +113,17 @@ def load_config(folder: Path) -> HeadsConfig:
             "wrote; copy the heads again."
         ) from error
     if medusa.is_medusa(values):
-        return _medusa_config(file, medusa.read(folder, values)[0])
+        name = str(values.get("base_model_name_or_path", ""))
+        return _medusa_config(file, medusa.read(folder, values)[0], name)
     return _checked_config(file, values)
 
 
-def _medusa_config(file: Path, shapes: dict[str, Any]) -> HeadsConfig:
-    """What is known of heads trained elsewhere: their shapes, not their model."""
+def _medusa_config(file: Path, shapes: dict[str, Any], base_name: str) -> HeadsConfig:
+    """What is known of heads trained elsewhere: shapes, no fingerprint of their model."""
     values = {
         "format": FORMAT,
         "draft_vocab_size": shapes["vocab_size"],
-        "base_name": "",
+        "base_name": base_name,
         "base_fingerprint": UNKNOWN_BASE,
         "entropy_threshold": math.log(shapes["vocab_size"]),
         "accepted_per_step": 0.0,
@@ -138,8 +139,9 @@ def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
             says.
     """
     config = load_config(folder)
-    if config.base_fingerprint == UNKNOWN_BASE:
-        _, state = medusa.read(folder, json.loads((folder / "config.json").read_text()))
+    values = json.loads((folder / "config.json").read_text())
+    if medusa.is_medusa(values):
+        _, state = medusa.read(folder, values)
     else:
         state = load_tensors(folder / "model.safetensors")
     with torch.device("meta"):  # shapes only, until they are known to be right
@@ -173,7 +175,11 @@ def check_against_base(folder: Path, base: Path) -> float:
     """
     config, heads = load(folder)
     if config.base_fingerprint == UNKNOWN_BASE:
-        logger.warning("%s do not say which model they are of: not checked", folder)
+        logger.warning(
+            "Heads %s hold no fingerprint of their model (they name %r): not checked",
+            folder,
+            config.base_name,
+        )
         return 0.0
     found = base_model.fingerprint(base)
     if found != config.base_fingerprint:

@@ -102,7 +102,8 @@ class CerberusHeads(nn.Module):
 
     def draftable_rows(self, lm_head: Tensor) -> Tensor:
         """The rows of an LM head, [vocab, hidden_size], whose tokens can be drafted."""
-        return lm_head if self.draft_token_ids is None else lm_head[self.draft_token_ids]
+        ids = self.draft_token_ids
+        return lm_head if ids is None else lm_head[ids.to(lm_head.device)]
 
     def token_ids(self, choices: Tensor) -> Tensor:
         """Token ids of places in the last dimension of `logits`, any shape."""

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
 from vllm_accel.errors import CheckpointError
 
 DEFAULT_SUBFOLDER = "cerberus"
+FASTERDECODING = "medusa_lm_head.pt"
 _FILES = ["*.json", "*.safetensors"]
 
 
@@ -30,7 +31,7 @@ def heads_folder(heads: str | None, *, base: str, revision: str | None = None) -
         return _of_model(base, revision)
     if Path(heads).is_dir():
         return Path(heads)
-    return _download(heads, revision, _FILES)
+    return _download(heads, revision, [*_FILES, FASTERDECODING])
 
 
 def model_folder(base: str, revision: str | None = None) -> Path:

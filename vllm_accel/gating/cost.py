@@ -2,7 +2,7 @@
 
 Speculation users complain that it is slower at load: a draft row is nearly free while
 weights are streamed for one request and dear once the machine computes. Only measured
-time tells where (papers.md 1.3).
+time tells where.
 """
 
 from dataclasses import astuple, dataclass

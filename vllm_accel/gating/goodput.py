@@ -1,10 +1,9 @@
 """The `goodput` gate: draft where an accepted token is worth its measured time.
 
 A draft token is worth verifying if the tokens per second with it beat those without
-(papers.md 1.3: E[accepted] against the rate times the extra cost). Both sides are learnt
+(renewal-reward: E[accepted] against the rate times the extra cost). Both sides are learnt
 while serving: how likely a draft survives, by `calibrators`, what a step takes, by
-`cost`. Nothing here reads a clock, so every rank of a tensor-parallel engine that is
-told the same measured times decides the same.
+`cost`.
 """
 
 from collections import defaultdict
@@ -77,7 +76,8 @@ class _Load:
     def note(self, drafting: bool, trying: bool) -> None:
         """Counts a decision."""
         self.decisions[drafting] += 1
-        self.same = 0 if trying else self.same + 1
+        flips = not trying and self.closed == drafting
+        self.same = 0 if trying or flips else self.same + 1
         if not trying:
             self.closed = not drafting
 
@@ -153,7 +153,7 @@ class Goodput:
         requests, heads, _ = after.shape
         if self._step.trying:
             return [heads] * requests
-        odds = self._after.probability(_padded(after, self._draft_tokens))[:, :heads]
+        odds = self._after.probability(after)
         lengths = self._best(odds.cumprod(axis=1), heads_run=True).lengths
         load = self._loads[self._step.requests.bit_length()]
         everything = self._step.everybody and min(lengths) == heads
@@ -223,7 +223,7 @@ class Goodput:
         repeated = np.repeat(features[:, None], self._draft_tokens, axis=1)
         survival = self._before.probability(repeated).cumprod(axis=1)
         if trying:
-            likeliest = survival.sum(axis=1) == survival.sum(axis=1).max()
+            likeliest = np.arange(len(features)) == survival.sum(axis=1).argmax()
             return likeliest if load.closed else np.ones(len(features), dtype=bool)
         best = self._best(survival)
         wanted = np.array(best.lengths) > 0
@@ -242,7 +242,7 @@ class Goodput:
             places < np.array(verified)[:, None]
         )
         before = np.stack([w.before for w in waiting])[:, None].repeat(places.size, axis=1)
-        after = np.stack([_padded(w.after[None], places.size)[0] for w in waiting])
+        after = np.stack([w.after for w in waiting])
         self._before.update(before, right, known)
         self._after.update(after, right, known)
 
@@ -309,9 +309,3 @@ def _after_features(
 def _drafts_by_habit(load: _Load) -> bool:
     habit = not load.closed and load.full >= HABIT_AFTER
     return habit and load.same % HABIT_EVERY != 0
-
-
-def _padded(features: Floats, heads: int) -> Floats:
-    """[n, heads, features], zeros for heads that did not draft."""
-    missing = heads - features.shape[1]
-    return np.pad(features, ((0, 0), (0, missing), (0, 0))) if missing else features

@@ -11,7 +11,7 @@ from vllm_accel.gating.policy import LearningGate
 
 logger = logging.getLogger("vllm.vllm_accel")
 
-_INTERVAL_S = 10.0
+_FIRST_S, _INTERVAL_S = 2.0, 10.0
 
 
 class GateMemory:
@@ -19,11 +19,13 @@ class GateMemory:
 
     Args:
         file: need not exist yet; its folder must.
+        writes: whether to keep it up to date, or only to read it.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, writes: bool) -> None:
         self._file = file
-        self._saved = time.monotonic()
+        self._writes = writes
+        self._next = time.monotonic() + _FIRST_S
 
     def restore(self, gate: LearningGate) -> None:
         """Starts a gate from the file, if there is one.
@@ -44,10 +46,14 @@ class GateMemory:
         logger.info("cerberus: the gate starts from %s", self._file)
 
     def save_when_due(self, gate: LearningGate) -> None:
-        """Writes the file every ten seconds; a failure is logged and costs nothing."""
-        if time.monotonic() - self._saved < _INTERVAL_S:
+        """Writes the file after two seconds and then every ten, between steps.
+
+        A failure is logged and costs nothing.
+        """
+        now = time.monotonic()
+        if not self._writes or now < self._next:
             return
-        self._saved = time.monotonic()
+        self._next = now + _INTERVAL_S
         partial = self._file.with_name(f"{self._file.name}.partial")
         try:
             partial.write_text(json.dumps(gate.state_dict()))

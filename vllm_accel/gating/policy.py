@@ -6,6 +6,7 @@ by its dotted path: `"gate": "my_package.my_module.MyGate"`. One that learns fro
 verdicts and from measured time has the members of `LearningGate`.
 """
 
+import inspect
 from collections.abc import Callable, Container, Mapping
 from pkgutil import resolve_name
 from typing import Any, Protocol, runtime_checkable
@@ -19,8 +20,7 @@ from vllm_accel.gating.signals import DraftSignals, Signals
 class Gate(Protocol):
     """Decides, per request and step, whether the heads draft.
 
-    The answer may depend on what the gate is told and on earlier answers only, not on a
-    clock: under tensor parallelism every rank asks its own copy, and all must agree.
+    Under tensor parallelism the first rank's gate is asked, and all go by its word.
     """
 
     reason: str
@@ -146,17 +146,20 @@ def make_gate(name: str, *, draft_tokens: int, entropy_threshold: float) -> Lear
         "never": Never,
         "entropy": lambda: EntropyThreshold(entropy_threshold),
     }
-    gate = built_in[name]() if name in built_in else _imported(name)
+    gate = built_in[name]() if name in built_in else _imported(name, draft_tokens)
     return gate if isinstance(gate, LearningGate) else Unlearning(gate)
 
 
-def _imported(path: str) -> Gate:
+def _imported(path: str, draft_tokens: int) -> Gate:
     try:
-        gate: Any = resolve_name(path)()
+        made = resolve_name(path)
+        wants = "draft_tokens" in inspect.signature(made).parameters
+        gate: Any = made(draft_tokens=draft_tokens) if wants else made()
     except Exception as error:  # a user's module may raise anything
         raise ConfigError(
             f"Gate {path!r} cannot be made ({error}): expected goodput, entropy, always, "
-            "never or the dotted path of an importable class that takes no arguments."
+            "never or the dotted path of an importable class that takes no argument, or "
+            "draft_tokens alone."
         ) from error
     admits = callable(getattr(gate, "admit", None))
     if not admits or not isinstance(getattr(gate, "reason", None), str):

@@ -15,7 +15,7 @@ from vllm_accel.cerberus import checkpoint, location
 from vllm_accel.config import CerberusConfig, parse
 from vllm_accel.errors import CheckpointError, ConfigError
 from vllm_accel.gating.memory import GateMemory
-from vllm_accel.gating.policy import make_gate
+from vllm_accel.gating.policy import Unlearning, make_gate
 from vllm_accel.host import carrier, compat, metrics, refuse
 from vllm_accel.host.heads import folder_of
 
@@ -99,7 +99,12 @@ def _check_gate(config: CerberusConfig, draft_tokens: int, threshold: float) -> 
                 f"cerberus.gate_state={config.gate_state!r} is in no folder: expected a "
                 "file in a folder that exists; make the folder."
             )
-        GateMemory(file).restore(gate)
+        if isinstance(gate, Unlearning):
+            raise ConfigError(
+                f"cerberus.gate_state is set and gate={config.gate!r} learns nothing: "
+                "expected the gate 'goodput'; leave gate_state out."
+            )
+        GateMemory(file, writes=False).restore(gate)
 
 
 def _check_shape(folder: Any, heads: checkpoint.HeadsConfig, model_config: Any) -> None:

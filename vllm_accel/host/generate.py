@@ -3,8 +3,6 @@
 import json
 import logging
 import random
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,18 +22,20 @@ def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -
 
     Args:
         model: a folder or a hub id.
-        texts: token ids of each text; those of 97 tokens and more are used.
+        texts: token ids of each text; those of 96 tokens and more are used.
         output: JSON lines {"prompt_ids", "token_ids"}; loops are cut off.
-        rows: lines the file shall have in the end.
+        rows: lines the file shall have in the end; fewer if the texts are short.
     """
     done = _complete_lines(output)
-    if done >= rows:
+    prompts = _prompts(texts)[:rows]
+    if done >= len(prompts):
         return
     llm = LLM(model, max_model_len=PROMPT_TOKENS + MAX_TOKENS, max_num_seqs=128)
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, detokenize=False)
-    source = islice(_prompts(texts, rows), done, None)
-    with output.open("a") as out, tqdm(total=rows, initial=done, unit="rows") as progress:
-        while batch := list(islice(source, _BATCH)):
+    total = len(prompts)
+    with output.open("a") as out, tqdm(total=total, initial=done, unit="rows") as progress:
+        for first in range(done, total, _BATCH):
+            batch = prompts[first : first + _BATCH]
             inputs = [{"prompt_token_ids": prompt} for prompt in batch]
             answers = llm.generate(inputs, sampling, use_tqdm=False)
             for prompt, answer in zip(batch, answers, strict=True):
@@ -56,11 +56,12 @@ def _complete_lines(output: Path) -> int:
     return whole.count(b"\n")
 
 
-def _prompts(texts: list[list[int]], rows: int) -> Iterator[list[int]]:
-    """The same windows on every call, so that a run can go on where it stopped."""
-    rng = random.Random(0)
-    long_enough = [ids for ids in texts if len(ids) > PROMPT_TOKENS]
-    for _ in range(rows if long_enough else 0):
-        ids = rng.choice(long_enough)
-        first = rng.randrange(len(ids) - PROMPT_TOKENS)
-        yield ids[first : first + PROMPT_TOKENS]
+def _prompts(texts: list[list[int]]) -> list[list[int]]:
+    """Windows that share no token, in the same order on every call."""
+    windows = [
+        ids[first : first + PROMPT_TOKENS]
+        for ids in texts
+        for first in range(0, len(ids) - PROMPT_TOKENS + 1, PROMPT_TOKENS)
+    ]
+    random.Random(0).shuffle(windows)
+    return windows

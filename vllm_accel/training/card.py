@@ -54,15 +54,16 @@ def write(folder: Path, run: Any, figures: Mapping[str, Any], rows: int) -> None
         rows: training rows.
     """
     shares = zip(figures["top1"], figures["top5"], strict=True)
+    model = Path(run.model).name if Path(run.model).is_dir() else run.model
     links = "cross-links" if run.cross_links else "no cross-links"
     text = _CARD.format(
         license=run.license,
-        base=Path(run.model).name,
+        base=model,
         heads=run.heads,
         title=run.heads.capitalize(),
         count=run.draft_tokens,
         shape=f"{run.blocks} blocks each, {links}",
-        model=Path(run.model).name,
+        model=model,
         folder=folder.name,
         held_out_tokens=figures["held_out_tokens"],
         accepted=figures["accepted_per_step"],

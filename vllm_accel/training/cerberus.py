@@ -103,7 +103,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
         ConfigError: the data or the tokenizer do not fit the model.
     """
     data.check_files(run.data)
-    work = _work_folder(run)
+    work = work_folder(run, "checkpoints")
     folder = location.model_folder(run.model)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -125,7 +125,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
     model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
     if run.heads == "medusa":
         medusa.write_for_vllm(run.output / VLLM_MEDUSA, heads, base.lm_head.weight)
-    if run.draft_vocab:
+    if 0 < run.draft_vocab < base.config.vocab_size:
         heads.limit_vocabulary(data.most_frequent(training, run.draft_vocab))
     figures = _finish(run, folder, model, held_out)
     card.write(run.output, run, figures, len(training))
@@ -133,21 +133,21 @@ def train(run: TrainingRun) -> dict[str, Any]:
 
 
 def whole_texts(run: TrainingRun) -> list[list[int]]:
-    """Token ids of every text of the run's data.
+    """Token ids of every text of the run's data, before the model continues them.
 
     Raises:
         ConfigError: a file is missing or a line is not what it should be.
     """
     data.check_files(run.data)
-    _make_writable(run.output)
+    work_folder(run, "generation")
     tokenizer = AutoTokenizer.from_pretrained(location.model_folder(run.model))
     rows = data.read_rows(run.data, tokenizer, row_tokens=sys.maxsize)
     return [row["input_ids"] for row in rows]
 
 
-def _work_folder(run: TrainingRun) -> Path:
-    """The folder of checkpoints, of this very run: resuming another would mix two."""
-    work = run.output / "checkpoints"
+def work_folder(run: TrainingRun, name: str) -> Path:
+    """A folder of this very run in its output: resuming another would mix two."""
+    work = run.output / name
     _make_writable(work)
     asked = {key: str(value) for key, value in dataclasses.asdict(run).items()}
     note = work / "run.json"

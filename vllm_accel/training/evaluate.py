@@ -15,6 +15,7 @@ from vllm_accel.training.data import IGNORED, Row, collate
 from vllm_accel.training.model import FrozenBaseWithHeads, targets
 
 _SELF_TEST_ROWS = 64
+_BEST = 5
 _PROMPT_TOKENS = 96
 _CONTINUATION_TOKENS = 128
 _ROWS_AT_ONCE = 32
@@ -104,7 +105,8 @@ def _observe_row(model: FrozenBaseWithHeads, row: Row) -> tuple[Tensor, ...]:
     states, logits, wanted = states[0, kept], logits[kept], wanted[kept]
     lm_head = model.heads.draftable_rows(model.base.lm_head.weight)
     drafts = model.heads.logits(model.heads(states), partial(linear, weight=lm_head))
-    top5 = model.heads.token_ids(drafts.topk(5, dim=-1).indices)
+    best = drafts.topk(min(_BEST, drafts.shape[-1]), dim=-1).indices
+    top5 = model.heads.token_ids(best)
     parts = (states.float(), wanted, top5.transpose(0, 1), entropy(logits))
     return tuple(part.cpu() for part in parts)
 

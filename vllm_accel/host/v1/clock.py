@@ -19,7 +19,7 @@ class StepClock:
         self._began = 0.0
         self._shape: StepShape | None = None
 
-    def start(self, scheduler_output: Any) -> StepTime | None:
+    def start(self) -> StepTime | None:
         """Starts a step; gives the time of the one before if nothing came between."""
         now = time.perf_counter()
         last = self._shape

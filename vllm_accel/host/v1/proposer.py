@@ -32,7 +32,8 @@ class CerberusProposer:
         self._config = carrier.unloaded(vllm_config)
         self._model_config = vllm_config.model_config
         file = self._config.gate_state
-        self._memory = None if file is None else GateMemory(Path(file))
+        first = not vllm_config.parallel_config.data_parallel_index
+        self._memory = GateMemory(Path(file), writes=first) if file else None
         self._gate: LearningGate | None = None
         self._drafter: CerberusDrafter | None = None
 

@@ -36,7 +36,7 @@ class AccelScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Sends the measured time of the last step along with this one."""
         scheduler_output = super().schedule(*args, **kwargs)
-        measured = self._clock.start(scheduler_output)
+        measured = self._clock.start()
         if measured is not None:
             attach(scheduler_output, measured)
         self._summary.add_time(measured)
