@@ -1,8 +1,8 @@
 """Long-range tasks: find a value given earlier in the text, repeat what was said before.
 
 A registry row is code with lines `REGISTRY["name"] = "123"` scattered in it, asked back
-at its end: `assert REGISTRY["name"] == "123"`. Names are single tokens; one in four of
-them never occurs in training tasks and is kept for `retrieval.py`.
+at its end: `assert REGISTRY["name"] == "123"`. Names are words of the vocabulary; one in four
+of them never occurs in training tasks and is kept for `retrieval.py`.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ TEST_NAME_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Single-token names, in two halves that share none."""
+    """Names, those of training and those of tests apart."""
 
     training: list[str]
     test: list[str]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Names":
-        """Lower-case words of 4 to 10 letters that are one token without a space."""
+        """Lower-case words of 4 to 10 letters in the vocabulary, without a space."""
         words = sorted(
             w for w in tokenizer.get_vocab() if w.isascii() and w.islower() and w.isalpha()
         )

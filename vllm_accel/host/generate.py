@@ -15,6 +15,7 @@ logger = logging.getLogger("vllm.vllm_accel")
 PROMPT_TOKENS = 96
 MAX_TOKENS = 256
 _BATCH = 256
+_MEMORY = 0.8  # the default is refused on CPU as soon as something else runs
 
 
 def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -> None:
@@ -30,7 +31,12 @@ def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -
     prompts = _prompts(texts)[:rows]
     if done >= len(prompts):
         return
-    llm = LLM(model, max_model_len=PROMPT_TOKENS + MAX_TOKENS, max_num_seqs=128)
+    llm = LLM(
+        model,
+        max_model_len=PROMPT_TOKENS + MAX_TOKENS,
+        max_num_seqs=128,
+        gpu_memory_utilization=_MEMORY,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, detokenize=False)
     total = len(prompts)
     with output.open("a") as out, tqdm(total=total, initial=done, unit="rows") as progress:
