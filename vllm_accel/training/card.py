@@ -62,7 +62,7 @@ def write(folder: Path, run: Any, figures: Mapping[str, Any], rows: int) -> None
         heads=run.heads,
         title=run.heads.capitalize(),
         count=run.draft_tokens,
-        shape=f"{run.blocks} blocks each, {links}",
+        shape=f"{run.blocks} block{'s' * (run.blocks > 1)} each, {links}",
         model=model,
         folder=folder.name,
         held_out_tokens=figures["held_out_tokens"],
