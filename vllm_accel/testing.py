@@ -1,14 +1,13 @@
 """Small real models, heads and gates to try things with: public, not mocks.
 
 `write_tiny_model` and `write_untrained_heads` give folders vLLM serves like any other.
-The gates are for `"gate": "vllm_accel.testing:AlternatingGate"`.
+The gates are for `"gate": "vllm_accel.testing:RandomGate"`.
 """
 
 import dataclasses
 import json
 import os
 import random
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,6 @@ from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
-
-
-class AlternatingGate:
-    """Open on every other decision, counted over all requests."""
-
-    reason = "alternating"
-
-    def __init__(self) -> None:
-        self._decisions = count()
-
-    def admit(self, signals: Signals) -> list[bool]:
-        """[num_reqs] True, False, True, ..."""
-        return [next(self._decisions) % 2 == 0 for _ in range(len(signals))]
 
 
 class RandomGate:

@@ -1,8 +1,8 @@
 """Long-range tasks: find a value given earlier in the text, repeat what was said before.
 
 A registry row is code with lines `REGISTRY["name"] = "123"` scattered in it, asked back
-at its end: `assert REGISTRY["name"] == "123"`. Names are words of the vocabulary; one in four
-of them never occurs in training tasks and is kept for `retrieval.py`.
+at its end: `assert REGISTRY["name"] == "123"`. Names are words of the vocabulary; one in
+four of them never occurs in training tasks and is kept for `retrieval.py`.
 """
 
 from dataclasses import dataclass

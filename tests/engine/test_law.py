@@ -9,7 +9,6 @@ GATES = {
     "always": {"gate": "always"},
     "never": {"gate": "never"},
     "entropy": {"gate": "entropy", "entropy_threshold": 1.0},
-    "alternating": {"gate": "vllm_accel.testing:AlternatingGate"},
     "random": {"gate": "vllm_accel.testing:RandomGate"},
 }
 
