@@ -92,7 +92,7 @@ def by_method(rows, prompt_set="not_looping"):
 # What an answer counts
 
 
-def test_the_decode_clock_starts_when_every_request_has_its_first_token():
+def test_the_decode_clock_runs_while_every_request_decodes():
     steps = [
         (1.0, {0: [1]}),
         (2.0, {0: [2, 3]}),
@@ -102,14 +102,15 @@ def test_the_decode_clock_starts_when_every_request_has_its_first_token():
     ]
     decoded = Decoded.of(steps, 2)
     assert decoded.token_ids == [[1, 2, 3, 4, 5], [9, 8, 7, 6]]
-    assert (decoded.tokens, decoded.seconds) == (4, 2.0)
+    assert (decoded.tokens, decoded.seconds) == (3, 1.0)
+    assert decoded.all_seconds == 2.0
     assert (decoded.later_tokens, decoded.later_steps) == (7, 5)
-    assert tokens_per_s([decoded, decoded]) == 2.0
+    assert tokens_per_s([decoded, decoded]) == 3.0
 
 
 def test_a_ratio_is_over_the_mean_of_both_plains_of_its_round():
     def at(rate):
-        return [Decoded([], rate, 1.0, 0, 0)]
+        return [Decoded([], rate, 1.0, 1.0, 0, 0)]
 
     one = {"plain": at(90), "cerberus": at(200), "plain_again": at(110)}
     assert decode.ratio_to_plain("cerberus", one) == 2.0

@@ -72,10 +72,15 @@ class Tokenizer(Protocol):
 class Decoded:
     """A batch's answers, and what decoding them took; prefill is apart.
 
+    The rate is that of the whole batch: from where each request has its first token to
+    where one has its last. Behind that the batch is smaller for a method whose requests
+    end at different times than for plain decoding, whose all end together.
+
     Attributes:
         token_ids: every token of each request, in the order of the batch.
-        tokens: those given after each request of the batch had its first.
+        tokens: those given while every request was decoding.
         seconds: the time these took.
+        all_seconds: the time until the last request's end.
         later_tokens: tokens after each request's own first step.
         later_steps: (request, step) pairs that gave them.
     """
@@ -83,6 +88,7 @@ class Decoded:
     token_ids: list[TokenIds]
     tokens: int
     seconds: float
+    all_seconds: float
     later_tokens: int
     later_steps: int
 
@@ -90,18 +96,32 @@ class Decoded:
     def of(cls, steps: Sequence[Step], num_requests: int) -> "Decoded":
         """Counts the steps of one batch; every request got a token."""
         said: list[TokenIds] = [[] for _ in range(num_requests)]
-        tokens = later_tokens = later_steps = 0
-        started: float | None = None
-        for at, given in steps:
+        later_tokens = later_steps = 0
+        for _, given in steps:
             for request, token_ids in given.items():
                 later_steps += bool(said[request])
                 later_tokens += len(token_ids) if said[request] else 0
-                tokens += len(token_ids) if started is not None else 0
                 said[request] += token_ids
-            if started is None and all(said):
-                started = at
-        seconds = steps[-1][0] - started if started is not None else 0.0
-        return cls(said, tokens, seconds, later_tokens, later_steps)
+        whole = _while_whole(steps, [len(token_ids) for token_ids in said])
+        all_seconds = steps[-1][0] - whole[0][0]
+        tokens = sum(len(ids) for _, given in whole[1:] for ids in given.values())
+        seconds = whole[-1][0] - whole[0][0]
+        return cls(said, tokens, seconds, all_seconds, later_tokens, later_steps)
+
+
+def _while_whole(steps: Sequence[Step], lengths: Sequence[int]) -> Sequence[Step]:
+    """The steps from the one that gives the last first token to the first last one."""
+    missing = list(lengths)
+    begun = first = 0
+    for i, (_, given) in enumerate(steps):
+        for request, token_ids in given.items():
+            begun += missing[request] == lengths[request]
+            missing[request] -= len(token_ids)
+        if begun < len(lengths):
+            first = i + 1
+        elif i > first and any(missing[request] == 0 for request in given):
+            return steps[first : i + 1]
+    return steps[first:]
 
 
 def tokens_per_s(batches: Sequence[Decoded]) -> float:

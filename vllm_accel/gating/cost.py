@@ -22,6 +22,7 @@ _FORGET = 0.995
 _ANCHOR = 1e-3
 _TOLERANCE = 3.0
 _FIRST_SCALE = 0.3
+_NEVER_ODD = 0.5  # a rare kind of step may be this far off and must be believed
 _FIRST = 4
 _BATCH = 16
 
@@ -100,7 +101,7 @@ class StepCost:
 
     def _trust(self, errors: Floats) -> Floats:
         """[steps] weights that hold what is far off down to a few typical errors."""
-        limit = _TOLERANCE * self._scale
+        limit = max(_NEVER_ODD, _TOLERANCE * self._scale)
         size = np.abs(errors)
         self._scale += 0.05 * (float(np.minimum(size, limit).mean()) - self._scale)
         self._scale = max(0.01, self._scale)
