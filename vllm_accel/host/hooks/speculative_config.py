@@ -50,12 +50,12 @@ def apply() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-_OTHERS = ("entropy_threshold", "check_base")
+_OUR_KEYS = {"gate", "gate_state", "entropy_threshold", "check_base"}
 
 
 def _refuse_our_keys(method: Any, settings: dict[str, Any]) -> None:
     """Says what is missing when our settings come without our method's name."""
-    ours = sorted(settings.keys() & {"gate", "gate_state", *_OTHERS})
+    ours = sorted(settings.keys() & _OUR_KEYS)
     if ours and method is None:
         raise ConfigError(
             f"{ours[0]!r} is a setting of vllm_accel but no method is named: expected "
