@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: setup check test test-distributed demo readme clean
+.PHONY: setup check test test-distributed demo readme dashboard clean
 
 setup: .venv/ready-$(EXTRA)
 
@@ -38,7 +38,9 @@ check: setup
 test: setup
 	$(BIN)/pytest tests
 
-test-distributed: setup  # two ranks; not part of `test`
+test-distributed: setup  # two ranks, replicas on Ray; half an hour, not part of `test`
+	$(BIN)/pip install -e '.[ray]'
+	$(BIN)/pytest tests/unit/test_ray_*.py
 	$(BIN)/pytest tests/distributed -m distributed
 
 demo: setup
@@ -46,6 +48,9 @@ demo: setup
 
 readme:  # README's tables, from docs/results
 	$(BIN)/python docs/results/readme_table.py
+
+dashboard:  # Grafana's, from the counters there are
+	$(BIN)/python docs/grafana/make_dashboard.py
 
 clean:  # leaves .venv: it is slow to make again
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,6 +1,6 @@
 """The ledger: every touch of vLLM as data, checked against the installed source.
 
-    python patches/ledger.py check                 a table; exit status 1 on drift
+    python patches/ledger.py check [FILE]          a table; exit status 1 on drift
     python patches/ledger.py fingerprint TARGET    what to write into ledger.toml
 
 Sources are read, never imported: a check takes seconds and starts nothing of vLLM.
@@ -131,9 +131,9 @@ def complaint(touch: Touch) -> str:
         return str(error)
 
 
-def check() -> int:
+def check(file: Path = HERE / "ledger.toml") -> int:
     """Prints a line per touch; gives 1 if any is not as written, otherwise 0."""
-    complaints = {touch: complaint(touch) for touch in load()}
+    complaints = {touch: complaint(touch) for touch in load(file)}
     for touch, wrong in complaints.items():
         print(f"{touch.id:4} {touch.kind:9} {wrong or 'ok':26} {touch.target}")
     drifted = sum(map(bool, complaints.values()))
@@ -145,12 +145,15 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="The ledger of every touch of vLLM.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="compare every touch with the installed vLLM")
+    checks = commands.add_parser("check", help="compare touches with what is installed")
+    checks.add_argument(
+        "file", nargs="?", type=Path, default=HERE / "ledger.toml", help="or ray.toml"
+    )
     fingerprints = commands.add_parser("fingerprint", help="print that of a target")
     fingerprints.add_argument("target", help="module:name or module:Class.name")
     options = parser.parse_args()
     if options.command == "check":
-        return check()
+        return check(options.file)
     print(fingerprint(options.target))
     return 0
 

@@ -53,6 +53,10 @@ class CerberusConfig:
     """Draft where the target's entropy is below this (nats). None: what the heads'
     training measured as best."""
 
+    run_ahead: bool = True
+    """While the gate is closed, queue a step before the one before has ended, as vLLM
+    does on GPUs. Off: wait for every step."""
+
     check_base: bool = True
     """Refuse heads trained on another base model. Switch off to serve a quantised copy
     of the model they were trained on."""
@@ -67,6 +71,7 @@ class CerberusConfig:
         _check_type(self, "gate", str)
         _check_type(self, "gate_state", str, None)
         _check_type(self, "entropy_threshold", float, int, None)
+        _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self.num_speculative_tokens)
         _check_gate(self.gate)

@@ -222,9 +222,10 @@ def check_heads(model: str | None, heads: str | None) -> Finding:
     if model is None:
         return Finding("ok", "heads", "not checked: no --model given")
     try:
-        from vllm_accel.cerberus import checkpoint, location
+        from vllm_accel.cerberus import checkpoint
+        from vllm_accel.on_disk import location
 
-        folder = location.heads_folder(heads, base=model)
+        folder = location.method_folder("cerberus", heads, base=model)
         accepted = checkpoint.check_against_base(folder, location.model_folder(model))
     except (AccelError, ImportError) as error:
         return Finding("FAIL", "heads", str(error))

@@ -1,6 +1,7 @@
-"""Small real models, heads and gates to try things with: public, not mocks.
+"""Small real models, heads, exits and gates to try things with: public, not mocks.
 
-`write_tiny_model` and `write_untrained_heads` give folders vLLM serves like any other.
+`write_tiny_model`, `write_untrained_heads` and `write_untrained_exit` give folders like
+any others.
 The gates are for `"gate": "vllm_accel.testing:RandomGate"`.
 """
 
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 
-from vllm_accel.cerberus import base_model, checkpoint
+from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.free import checkpoint as exits
+from vllm_accel.free.exit_head import ExitAdapter
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
+from vllm_accel.on_disk import base_model
 
 
 class RandomGate:
@@ -130,6 +134,7 @@ def write_untrained_heads(
     draft_tokens: int = 4,
     blocks: int = 2,
     noise: float = 0.0,
+    reads_token: bool = False,
     **config: Any,
 ) -> Path:
     """Heads that fit a model but learnt nothing: they draft its next token again.
@@ -140,6 +145,7 @@ def write_untrained_heads(
         draft_tokens: number of heads.
         blocks: residual blocks per head.
         noise: standard deviation of the weights; 0 leaves them at zero.
+        reads_token: see `CerberusHeads`.
         config: values of `checkpoint.HeadsConfig` to write instead of the true ones.
 
     Returns:
@@ -148,7 +154,12 @@ def write_untrained_heads(
     lm_head = base_model.lm_head_weight(base).float()
     vocab_size, hidden_size = lm_head.shape
     torch.manual_seed(0)
-    heads = CerberusHeads(draft_tokens=draft_tokens, blocks=blocks, hidden_size=hidden_size)
+    heads = CerberusHeads(
+        draft_tokens=draft_tokens,
+        blocks=blocks,
+        hidden_size=hidden_size,
+        reads_token=reads_token,
+    )
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=noise)
     states = torch.randn(16, hidden_size).bfloat16().float()
@@ -160,6 +171,7 @@ def write_untrained_heads(
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
         "cross_links": True,
+        "reads_token": reads_token,
         "own_lm_heads": False,
         "draft_vocab_size": vocab_size,
         "base_name": base.name,
@@ -169,4 +181,55 @@ def write_untrained_heads(
     }
     test = checkpoint.SelfTest(states, said[:, None].repeat(1, 1 + draft_tokens))
     checkpoint.save(folder, checkpoint.HeadsConfig(**(values | config)), heads, test)
+    return folder
+
+
+def write_untrained_exit(
+    folder: Path,
+    base: Path,
+    *,
+    exit_layer: int = 1,
+    adapter: str = "mlp",
+    width: int = 16,
+    noise: float = 0.0,
+    **config: Any,
+) -> Path:
+    """An exit that fits a model but learnt nothing: its states go to the norm as they are.
+
+    Args:
+        folder: made if missing.
+        base: folder of the model.
+        exit_layer: layers before the exit.
+        adapter: one of `exit_head.ADAPTERS`.
+        width: of the adapter.
+        noise: standard deviation of the weights; 0 leaves the adapter an identity.
+        config: values of `checkpoint.ExitConfig` to write instead of the true ones.
+
+    Returns:
+        The folder.
+    """
+    lm_head = base_model.lm_head_weight(base).float()
+    vocab_size, hidden_size = lm_head.shape
+    torch.manual_seed(0)
+    width = 0 if adapter == "none" else width
+    weights = ExitAdapter(adapter, hidden_size, width)
+    for parameter in weights.parameters() if noise else ():
+        torch.nn.init.normal_(parameter, std=noise)
+    states, normed = torch.randn(2, 16, hidden_size).bfloat16().float()
+    said = (normed @ lm_head.T).argmax(dim=-1)
+    values: dict[str, Any] = {
+        "format": exits.FORMAT,
+        "exit_layer": exit_layer,
+        "num_layers": json.loads((base / "config.json").read_text())["num_hidden_layers"],
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "adapter": adapter,
+        "adapter_width": width,
+        "base_name": base.name,
+        "base_fingerprint": base_model.fingerprint(base),
+        "threshold": 0.9,
+        "agreement": 1.0,
+    }
+    test = exits.SelfTest.of(weights, states, normed, torch.stack([said, said], dim=1))
+    exits.save(folder, exits.ExitConfig(**(values | config)), weights, test)
     return folder

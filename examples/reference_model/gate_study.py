@@ -38,7 +38,8 @@ def signals(model: FrozenBaseWithHeads, seen) -> dict[str, torch.Tensor]:
     weight = model.base.lm_head.weight
     logits = linear(states, weight)
     rows = model.heads.draftable_rows(weight)
-    drafts = model.heads.logits(model.heads(states), partial(linear, weight=rows))
+    after = model.base.get_input_embeddings()(seen.token_ids[:, 0])
+    drafts = model.heads.logits(model.heads(states, after), partial(linear, weight=rows))
     sure = confidence(drafts, drafts.max(dim=-1).values)
     return {
         "entropy over the vocabulary": seen.entropy,

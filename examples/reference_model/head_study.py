@@ -29,6 +29,7 @@ SHAPES = {
     "J=1, own LM heads": {"blocks": 1, "cross_links": False, "own_lm_heads": True},
     "J=2, no links": {"blocks": 2, "cross_links": False},
     "J=2, links": {"blocks": 2},
+    "J=2, links, token": {"blocks": 2, "reads_token": True},
     "J=3, links": {"blocks": 3},
 }
 BATCH = 1024
@@ -36,23 +37,27 @@ RATE = 2e-3
 ROW = 256
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def states_and_targets(model: FrozenBaseWithHeads, rows: list[data.Row], heads: int):
-    """([tokens, hidden_size], [heads, tokens]) of all tokens with every target."""
-    states, wanted = [], []
+    """Of all tokens with every target: states, embeddings after, targets by head.
+
+    Two times [tokens, hidden_size], and [heads, tokens].
+    """
+    states, after, wanted = [], [], []
     for row in rows:
         batch = data.collate([row])
         asked = torch.stack([targets(batch["labels"], h)[0] for h in range(heads)])
         kept = (asked != data.IGNORED).all(dim=0)
         states.append(model.hidden_states(batch["input_ids"])[0, kept])
+        after.append(model.next_tokens(batch["input_ids"])[0, kept])
         wanted.append(asked[:, kept])
-    return torch.cat(states).clone(), torch.cat(wanted, dim=1).clone()
+    return torch.cat(states), torch.cat(after), torch.cat(wanted, dim=1)
 
 
-def loss_of(heads: CerberusHeads, states, wanted, weight) -> torch.Tensor:
+def loss_of(heads: CerberusHeads, states, after, wanted, weight) -> torch.Tensor:
     total = torch.zeros(())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        said = heads(states)
+        said = heads(states, after)
     for i, (own, target) in enumerate(zip(said, wanted, strict=True)):
         if heads.lm_heads is None:
             loss = frozen_linear_cross_entropy(own, weight, target)
@@ -64,25 +69,30 @@ def loss_of(heads: CerberusHeads, states, wanted, weight) -> torch.Tensor:
     return total
 
 
-def train(heads: CerberusHeads, states, wanted, weight) -> None:
+def train(heads: CerberusHeads, states, after, wanted, weight) -> None:
     optimizer = torch.optim.AdamW(heads.parameters(), lr=RATE, weight_decay=0.0)
     order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))
     batches = order.split(BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, len(batches))
     for picked in batches:
-        loss_of(heads, states[picked], wanted[:, picked], weight).backward()
+        seen = states[picked], after[picked], wanted[:, picked]
+        loss_of(heads, *seen, weight).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
 
 @torch.inference_mode()
-def accepted_by_drafts(heads: CerberusHeads, states, wanted, weight) -> list[float]:
+def accepted_by_drafts(heads: CerberusHeads, states, after, wanted, weight) -> list[float]:
     """Accepted drafts a step when the first K heads draft, for each K."""
     heads.to(torch.bfloat16)
     run = partial(linear, weight=weight)
     drafts = torch.cat(
-        [heads.logits(heads(s), run).argmax(dim=-1) for s in states.split(2048)], dim=1
+        [
+            heads.logits(heads(s, e), run).argmax(dim=-1)
+            for s, e in zip(states.split(2048), after.split(2048), strict=True)
+        ],
+        dim=1,
     )
     alive = drafts.eq(wanted).long().cumprod(dim=0).float().mean(dim=1)
     return [round(float(x), 3) for x in alive.cumsum(dim=0)]
@@ -101,14 +111,15 @@ def main() -> None:
     none = CerberusHeads(draft_tokens=1, blocks=1, hidden_size=base.config.hidden_size)
     model, count = FrozenBaseWithHeads(base, none), args.draft_tokens
     rows = data.read_rows([args.continuations], None, 512)
-    states, wanted = states_and_targets(model, rows, count)
-    states, wanted = states[: args.tokens], wanted[:, : args.tokens]
+    states, after, wanted = states_and_targets(model, rows, count)
+    n = args.tokens
+    seen = states[:n].clone(), after[:n].clone(), wanted[:, :n].clone()
     ids = held_out_ids(args.corpus, tokenizer, "code").tolist()
     windows = [ids[i : i + ROW] for i in range(0, len(ids) - ROW, len(ids) // 150)]
     texts = [{"input_ids": window, "labels": window} for window in windows]
     unseen = states_and_targets(model, evaluate.continued(model, texts), count)
     weight = base.lm_head.weight.detach()
-    print(f"{len(states)} training tokens, {len(unseen[0])} held out")
+    print(f"{len(seen[0])} training tokens, {len(unseen[0])} held out")
     for name, shape in SHAPES.items():
         heads = CerberusHeads(
             draft_tokens=count,
@@ -119,7 +130,7 @@ def main() -> None:
         if heads.lm_heads is not None:
             heads.lm_heads.data[:] = weight.float()
         began = time.monotonic()
-        train(heads, states, wanted, weight)
+        train(heads, *seen, weight)
         accepted = accepted_by_drafts(heads, *unseen, weight)
         size = sum(p.numel() for p in heads.parameters()) / 1e6
         facts = {"shape": name, "million_weights": round(size, 2), "accepted": accepted}

@@ -12,6 +12,10 @@ GATES = {
     "random": {"gate": "vllm_accel.testing:RandomGate"},
 }
 
+# Elsewhere tests start engines in one process, where no step is queued ahead.
+PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+AHEAD = "vllm:accel_gate_decisions|reason=ahead|state=closed"
+
 ROOMY = {"enable_prefix_caching": False, "max_num_batched_tokens": 2048}
 # Chunked prefill, prefix caching, drafts cut by the token budget, preemption.
 TIGHT = {
@@ -48,32 +52,32 @@ def plain(generate, reference_model, reference_prompts):
     """Plain vLLM's answers, once per dtype and engine."""
     known = {}
 
-    def answers(dtype, name, engine):
+    def answers(dtype, name, engine, env):
         if (dtype, name) not in known:
             arguments = {"model": reference_model, "dtype": dtype, **engine}
-            known[dtype, name] = generate(arguments, law_batches(reference_prompts))
+            batches = law_batches(reference_prompts)
+            known[dtype, name] = generate(arguments, batches, env)
         return known[dtype, name]
 
     return answers
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(
-    ("dtype", "name", "engine"),
-    [
-        ("bfloat16", "roomy", ROOMY),
-        ("bfloat16", "tight", TIGHT),
-        ("float32", "tight", TIGHT),
-    ],
-)
+CASES = [
+    *(("bfloat16", "roomy", ROOMY, {}, gate) for gate in GATES),
+    *(("bfloat16", "tight", TIGHT, PROCESSES, gate) for gate in GATES),
+    *(("float32", "tight", TIGHT, {}, gate) for gate in ("goodput", "random")),
+]
+
+
+@pytest.mark.parametrize(("dtype", "name", "engine", "env", "gate"), CASES)
 def test_greedy_tokens_are_plain_vllms(
-    plain, generate, reference_model, reference_prompts, dtype, name, engine, gate
+    plain, generate, reference_model, reference_prompts, dtype, name, engine, env, gate
 ):
-    expected = plain(dtype, name, engine)
+    expected = plain(dtype, name, engine, env)
     cerberus = {"method": "cerberus", **GATES[gate]}
     arguments = {"model": reference_model, "dtype": dtype, **engine}
     found = generate(
-        arguments | {"speculative_config": cerberus}, law_batches(reference_prompts)
+        arguments | {"speculative_config": cerberus}, law_batches(reference_prompts), env
     )
     assert tokens(found) == tokens(expected)
     if name == "tight":
@@ -87,4 +91,6 @@ def test_greedy_tokens_are_plain_vllms(
         for state in ("open", "closed")
     )
     assert (opened > 0) == (gate != "never")
+    if env:
+        assert (found["metrics"].get(AHEAD, 0) > 0) == (gate != "never")
     assert (closed > 0) == (gate != "always")

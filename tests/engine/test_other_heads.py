@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_accel.cerberus import base_model, checkpoint, medusa
+from vllm_accel.cerberus import checkpoint, medusa
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.on_disk import base_model, files
 
 pytestmark = pytest.mark.engine
 
@@ -83,7 +84,7 @@ def test_heads_of_a_limited_vocabulary_are_served(generate, tiny, plain, tmp_pat
     allowed = sorted({token for answer in plain for token in answer})[:20]
     heads.limit_vocabulary(torch.tensor(allowed))
     config = dataclasses.replace(config, draft_vocab_size=len(allowed))
-    state = checkpoint.load_tensors(Path(tiny[1]) / "self_test.safetensors")
+    state = files.load_tensors(Path(tiny[1]) / "self_test.safetensors")
     test = checkpoint.SelfTest(state["hidden_states"], state["token_ids"])
     checkpoint.save(tmp_path / "few", config, heads, test)
     settings = {"method": "cerberus", "model": str(tmp_path / "few"), "gate": "always"}

@@ -73,6 +73,16 @@ CASES = {
         {"speculative_config": CERBERUS, "pipeline_parallel_size": 2},
         "pipeline parallelism",
     ),
+    "connector": (
+        {
+            "speculative_config": CERBERUS,
+            "kv_transfer_config": {
+                "kv_connector": "ExampleConnector",
+                "kv_role": "kv_both",
+            },
+        },
+        "KV connectors",
+    ),
     "async": (
         {"speculative_config": CERBERUS, "async_scheduling": True},
         "async scheduling",

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_accel import CheckpointError
-from vllm_accel.cerberus import base_model, checkpoint, location
+from vllm_accel.cerberus import checkpoint
+from vllm_accel.on_disk import base_model, location
 from vllm_accel.testing import write_tiny_model, write_untrained_heads
 
 
@@ -54,7 +55,10 @@ def test_a_sharded_model_has_the_fingerprint_of_the_whole(tmp_path, tiny_model):
 
 
 def test_heads_are_looked_for_beside_the_model(tiny_model):
-    assert location.heads_folder(None, base=str(tiny_model)) == tiny_model / "cerberus"
+    assert (
+        location.method_folder("cerberus", None, base=str(tiny_model))
+        == tiny_model / "cerberus"
+    )
 
 
 def edit_config(folder, **changes):
@@ -166,7 +170,7 @@ def test_a_model_without_safetensors_is_refused(heads_folder, tmp_path):
 
 def test_a_name_that_is_neither_folder_nor_repository_is_refused(monkeypatch):
     with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
-        location.heads_folder("/no/such/folder", base="x")
+        location.method_folder("cerberus", "/no/such/folder", base="x")
 
 
 def test_another_model_of_the_same_shape_is_another_base(heads_folder, tmp_path):

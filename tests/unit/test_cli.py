@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_accel import __version__
-from vllm_accel.cli import main, parser, training_run
+from vllm_accel.cli import main, parser
+from vllm_accel.train import training_run
 
 
 def command(*arguments):

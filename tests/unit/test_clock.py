@@ -19,22 +19,20 @@ def step(tokens, drafts=None, new=()):
 
 def test_rows_of_decoding_requests_and_of_prompts_are_told_apart():
     output = step({"a": 4, "b": 1, "c": 50, "d": 1}, {"a": [1, 2, 3]}, new=["d"])
-    assert shape_of(output, 2) == StepShape(5, 2, 51, 2)
+    assert shape_of(output, 2, waited=True) == StepShape(5, 2, 51, 2, 1)
 
 
-def test_the_time_is_from_start_to_start():
+def test_the_time_is_from_end_to_end():
     clock = StepClock()
-    assert clock.start() is None
-    clock.end(step({"a": 1}), 1, busy=True)
+    assert clock.end(step({"a": 1}), 0, waited=False, busy=True) is None
     time.sleep(0.02)
-    measured = clock.start()
-    assert measured.shape == StepShape(1, 1, 0, 1)
+    measured = clock.end(step({"a": 1}), 1, waited=True, busy=True)
+    assert measured.shape == StepShape(1, 1, 0, 1, 1)
     assert measured.seconds >= 0.02
 
 
-@pytest.mark.parametrize(("tokens", "busy"), [({"a": 1}, False), ({}, True)])
-def test_idle_and_empty_steps_are_not_measured(tokens, busy):
+@pytest.mark.parametrize(("busy", "tokens"), [(False, {"a": 1}), (True, {})])
+def test_idle_time_and_empty_steps_are_not_measured(busy, tokens):
     clock = StepClock()
-    clock.start()
-    clock.end(step(tokens), 0, busy=busy)
-    assert clock.start() is None
+    clock.end(step({"a": 1}), 0, waited=False, busy=busy)
+    assert clock.end(step(tokens), 0, waited=False, busy=True) is None

@@ -6,13 +6,14 @@ from vllm_accel.cerberus.heads import CerberusHeads
 HIDDEN = 32
 
 
-def make(draft_tokens=4, blocks=2, cross_links=True, noise=0.2):
+def make(draft_tokens=4, blocks=2, cross_links=True, noise=0.2, **more):
     torch.manual_seed(0)
     heads = CerberusHeads(
         draft_tokens=draft_tokens,
         blocks=blocks,
         hidden_size=HIDDEN,
         cross_links=cross_links,
+        **more,
     )
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=noise)
@@ -52,6 +53,15 @@ def test_zero_weights_give_the_targets_own_state():
     assert torch.equal(states, hidden.expand(4, -1, -1))
 
 
+def test_the_next_token_is_read_at_the_size_of_a_hidden_state():
+    heads = make(reads_token=True)
+    hidden, token = torch.randn(2, 5, HIDDEN)
+    unit = token / token.pow(2).mean(dim=-1, keepdim=True).sqrt()
+    expected = one_by_one(heads, hidden + unit @ heads.token_weight.T)
+    torch.testing.assert_close(heads(hidden, token), expected)
+    torch.testing.assert_close(heads(hidden, 0.02 * token), expected)
+
+
 def test_a_head_reads_the_one_before_it_and_no_later_one():
     hidden = torch.randn(3, HIDDEN)
     heads = make()
@@ -72,11 +82,11 @@ def test_without_cross_links_heads_are_independent():
 
 def test_keeping_the_first_heads_keeps_their_answers():
     hidden = torch.randn(3, HIDDEN)
-    heads = make()
-    before = heads(hidden)
+    heads = make(reads_token=True)
+    before = heads(hidden, hidden)
     heads.keep_first(2)
     heads.lay_out_for_inference()
-    torch.testing.assert_close(heads(hidden), before[:2])
+    torch.testing.assert_close(heads(hidden, hidden), before[:2])
 
 
 def test_a_limited_vocabulary_drafts_the_best_of_its_tokens():

@@ -22,7 +22,10 @@ INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
 
 OUR_CLASSES = {
     "v1/runner.py:CerberusRunnerMixin": [RUNNER],
-    "v1/scheduler.py:AccelScheduler": [SCHEDULER],
+    "v1/scheduler.py:AccelScheduler": [
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+        SCHEDULER,
+    ],
     "v1/cpu_worker.py:AccelCPUWorker": [
         "vllm.v1.worker.cpu_worker:CPUWorker",
         "vllm.v1.worker.gpu_worker:Worker",

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from vllm_accel import CheckpointError
-from vllm_accel.cerberus import base_model, checkpoint, medusa
+from vllm_accel.cerberus import checkpoint, medusa
 from vllm_accel.cerberus.heads import CerberusHeads
+from vllm_accel.on_disk import base_model
 
 HEADS, HIDDEN = 3, 64
 

@@ -1,11 +1,8 @@
 """Heads on disk: a folder with `config.json`, `model.safetensors`, `self_test.safetensors`.
 
-Everything is checked before an engine starts, because heads that do not fit their model
-fail silently otherwise: every draft is rejected and serving is merely slow.
+Medusa checkpoints of FasterDecoding are read as well.
 """
 
-import dataclasses
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -13,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_accel.cerberus import base_model, medusa
+from vllm_accel.cerberus import medusa
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import CheckpointError
+from vllm_accel.on_disk import base_model, files
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "vllm_accel.cerberus.1"
 MAX_BLOCKS = 8
 UNKNOWN_BASE = "unknown"
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_KIND = files.Kind("cerberus", "heads", FORMAT)
 _MIN_BASE_AGREEMENT = 0.9
 _MIN_ACCEPTANCE_SHARE = 0.5
 
@@ -44,6 +40,8 @@ class HeadsConfig:
     hidden_size: int
     vocab_size: int
     cross_links: bool
+    reads_token: bool
+    """Heads also read the next token's embedding."""
     own_lm_heads: bool
     """Heads have LM heads of their own; otherwise they use the target's."""
     draft_vocab_size: int
@@ -73,24 +71,8 @@ class SelfTest:
 
 def save(folder: Path, config: HeadsConfig, heads: CerberusHeads, test: SelfTest) -> None:
     """Writes a heads folder; `load` gives the same back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_as_saved(heads), folder / "model.safetensors")
-    save_file(
-        {
-            "hidden_states": test.hidden_states.bfloat16().contiguous(),
-            "token_ids": test.token_ids.int().contiguous(),
-        },
-        folder / "self_test.safetensors",
-    )
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    (folder / "config.json").write_text(text + "\n")
-
-
-def _as_saved(heads: CerberusHeads) -> dict[str, Tensor]:
-    return {
-        name: (value.bfloat16() if value.is_floating_point() else value.int()).contiguous()
-        for name, value in heads.state_dict().items()
-    }
+    tensors = {"hidden_states": test.hidden_states, "token_ids": test.token_ids}
+    files.write(folder, config, heads.state_dict(), tensors)
 
 
 def load_config(folder: Path) -> HeadsConfig:
@@ -99,19 +81,8 @@ def load_config(folder: Path) -> HeadsConfig:
     Raises:
         CheckpointError: it is missing, not JSON, or says something impossible.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"No heads in {folder}: expected config.json and model.safetensors written by "
-            "`vllm-accel train cerberus`; name the folder of heads with the key 'model'."
-        )
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is not JSON ({error}): expected the file `vllm-accel train cerberus` "
-            "wrote; copy the heads again."
-        ) from error
+    values = files.config_values(_KIND, folder)
+    file = folder / files.CONFIG
     if medusa.is_medusa(values):
         name = str(values.get("base_model_name_or_path", ""))
         return _medusa_config(file, medusa.read(folder, values)[0], name)
@@ -139,14 +110,14 @@ def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
             says.
     """
     config = load_config(folder)
-    values = json.loads((folder / "config.json").read_text())
+    values = files.config_values(_KIND, folder)
     if medusa.is_medusa(values):
         _, state = medusa.read(folder, values)
     else:
-        state = load_tensors(folder / "model.safetensors")
+        state = files.load_tensors(folder / files.WEIGHTS)
     with torch.device("meta"):  # shapes only, until they are known to be right
         heads = empty_heads(config)
-    _check_state(folder, heads.state_dict(), state)
+    files.check_state(_KIND, folder, heads.state_dict(), state, ("draft_token_ids",))
     _check_token_ids(folder, state.get("draft_token_ids"), config.vocab_size)
     heads.load_state_dict(state, assign=True)
     return config, heads.requires_grad_(False)
@@ -160,6 +131,7 @@ def empty_heads(config: HeadsConfig) -> CerberusHeads:
         blocks=config.blocks,
         hidden_size=config.hidden_size,
         cross_links=config.cross_links,
+        reads_token=config.reads_token,
         vocab_size=config.vocab_size,
         own_lm_heads=config.own_lm_heads,
         draft_vocab_size=config.draft_vocab_size if limited else None,
@@ -189,17 +161,18 @@ def check_against_base(folder: Path, base: Path) -> float:
             "weights; use heads trained on this model, or set cerberus.check_base=false "
             "for a quantised copy of it."
         )
-    return _run_self_test(folder, config, heads, base_model.lm_head_weight(base))
+    return _run_self_test(folder, config, heads, base)
 
 
 def _run_self_test(
-    folder: Path, config: HeadsConfig, heads: CerberusHeads, lm_head: Tensor
+    folder: Path, config: HeadsConfig, heads: CerberusHeads, base: Path
 ) -> float:
     test = _load_self_test(folder, config)
-    matrix = lm_head.float()
+    matrix = base_model.lm_head_weight(base).float()
+    embedding = base_model.embedding_weight(base) if heads.reads_token else None
     said = (test.hidden_states @ matrix.T).argmax(dim=-1)
     agreement = float(said.eq(test.token_ids[:, 0]).float().mean())
-    accepted = test.accepted(best_drafts(heads.float(), test.hidden_states, matrix))
+    accepted = test.accepted(best_drafts(heads.float(), test, matrix, embedding))
     expected = config.accepted_per_step
     if agreement < _MIN_BASE_AGREEMENT or accepted < _MIN_ACCEPTANCE_SHARE * expected:
         raise CheckpointError(
@@ -211,91 +184,44 @@ def _run_self_test(
     return accepted
 
 
-def best_drafts(heads: CerberusHeads, hidden_states: Tensor, lm_head: Tensor) -> Tensor:
-    """[draft_tokens, n] token ids; hidden_states: [n, hidden_size]."""
+def best_drafts(
+    heads: CerberusHeads, test: SelfTest, lm_head: Tensor, embedding: Tensor | None
+) -> Tensor:
+    """[draft_tokens, n] token ids for the n lines of a self-test.
+
+    Args:
+        embedding: [vocab, hidden_size]; None for heads that do not read tokens.
+    """
     rows = heads.draftable_rows(lm_head)
-    logits = heads.logits(heads(hidden_states), lambda states: states @ rows.T)
+    states = test.hidden_states.to(heads.weights[0])
+    next_ids = test.token_ids[:, 0].long().to(states.device)
+    tokens = None if embedding is None else embedding[next_ids].to(states)
+    logits = heads.logits(heads(states, tokens), lambda said: said @ rows.T)
     return heads.token_ids(logits.argmax(dim=-1))
 
 
 def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
-    file = folder / "self_test.safetensors"
-    tensors = load_tensors(file)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    rows = next(iter(shapes.get("hidden_states", ())), 0)
-    expected = {
-        "hidden_states": (rows, config.hidden_size),
-        "token_ids": (rows, 1 + config.draft_tokens),
+    widths = {
+        "hidden_states": (config.hidden_size,),
+        "token_ids": (1 + config.draft_tokens,),
     }
-    if shapes != expected or rows == 0:
-        raise CheckpointError(
-            f"{file} holds {shapes}: expected hidden_states and token_ids, a row of each "
-            "per tried token, as wide as config.json says; copy the heads again."
-        )
+    tensors = files.load_self_test(_KIND, folder, widths)
     return SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
 
 
 def _checked_config(file: Path, values: Any) -> HeadsConfig:
-    fields = {field.name: field.type for field in dataclasses.fields(HeadsConfig)}
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        got = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise CheckpointError(
-            f"{file} has format {got!r}: expected {FORMAT!r}; train the heads with this "
-            "version of vllm-accel."
-        )
-    if values.keys() != fields.keys():
-        missing = sorted(fields.keys() - values.keys())
-        unknown = sorted(values.keys() - fields.keys())
-        raise CheckpointError(
-            f"{file} does not have the expected keys (missing {missing}, unknown "
-            f"{unknown}): expected {sorted(fields)}; copy the heads again."
-        )
-    for key, kind in fields.items():
-        if type(values[key]) is not kind:
-            raise CheckpointError(
-                f"{file}: {key}={values[key]!r} is a {type(values[key]).__name__}, "
-                f"expected {kind.__name__}; copy the heads again."  # type: ignore[union-attr]
-            )
-    _check_range(file, values, "draft_tokens", 1, MAX_DRAFT_TOKENS)
-    _check_range(file, values, "blocks", 1, MAX_BLOCKS)
-    _check_range(file, values, "hidden_size", 1, 2**20)
-    _check_range(file, values, "vocab_size", 1, 2**31)
-    _check_range(file, values, "draft_vocab_size", 1, values["vocab_size"])
-    _check_range(file, values, "entropy_threshold", 0.0, 1e3)
-    _check_range(file, values, "accepted_per_step", 0.0, MAX_DRAFT_TOKENS)
+    files.check_values(_KIND, file, values, HeadsConfig)
+    ranges = {
+        "draft_tokens": (1, MAX_DRAFT_TOKENS),
+        "blocks": (1, MAX_BLOCKS),
+        "hidden_size": (1, 2**20),
+        "vocab_size": (1, 2**31),
+        "draft_vocab_size": (1, values["vocab_size"]),
+        "entropy_threshold": (0.0, 1e3),
+        "accepted_per_step": (0.0, MAX_DRAFT_TOKENS),
+    }
+    files.check_ranges(_KIND, file, values, ranges)
     return HeadsConfig(**values)
-
-
-def _check_range(
-    file: Path, values: dict[str, Any], key: str, least: float, most: float
-) -> None:
-    if not least <= values[key] <= most:
-        raise CheckpointError(
-            f"{file}: {key}={values[key]} is out of range: expected {least:g}..{most:g}; "
-            "copy the heads again."
-        )
-
-
-def _check_state(
-    folder: Path, expected: dict[str, Tensor], state: dict[str, Tensor]
-) -> None:
-    for name in sorted(expected.keys() | state.keys()):
-        want = list(expected[name].shape) if name in expected else "no such tensor"
-        got = list(state[name].shape) if name in state else "no such tensor"
-        if want != got:
-            raise CheckpointError(
-                f"{folder}/model.safetensors: tensor {name!r} has {got}, expected {want} "
-                "by config.json; the two files do not belong together, copy both again."
-            )
-        dtype = state[name].dtype
-        if name == "draft_token_ids" and dtype == torch.int32:
-            continue
-        if dtype not in _FLOATS or not torch.isfinite(state[name]).all():
-            raise CheckpointError(
-                f"{folder}/model.safetensors: tensor {name!r} ({dtype}) holds no usable "
-                "weights: expected finite bfloat16, float16 or float32; train or copy the "
-                "heads again."
-            )
 
 
 def _check_token_ids(folder: Path, ids: Tensor | None, vocab_size: int) -> None:
@@ -307,19 +233,3 @@ def _check_token_ids(folder: Path, ids: Tensor | None, vocab_size: int) -> None:
             f"{int(ids.max())}: expected ids of a vocabulary of {vocab_size}; copy the "
             "heads again."
         )
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} is missing or damaged ({error}): expected a safetensors file written "
-            "by `vllm-accel train cerberus`; copy the heads again."
-        ) from error
-    return tensors

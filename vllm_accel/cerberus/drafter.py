@@ -18,6 +18,8 @@ from vllm_accel.gating.signals import DraftSignals, Signals
 from vllm_accel.speculate import Verdict
 
 NO_ROOM = "no_room"
+AHEAD = "ahead"
+"""Reason of a request that wanted to draft in a step that must not."""
 
 
 @dataclass(slots=True)
@@ -37,6 +39,10 @@ class StepReport:
     """Draft tokens it agreed with."""
     drafted_for: int = 0
     """Requests the heads ran for."""
+    asked: int = 0
+    """Requests the gate could open for."""
+    wanted: int = 0
+    """Requests the heads ran for, or would have if the step could draft."""
     draft_seconds: float = 0.0
     """Time spent in the gate and the heads."""
 
@@ -46,11 +52,25 @@ class StepReport:
         self.accepted += verdict.accepted
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The requests of a step, entry by entry."""
+
+    req_ids: Sequence[str]
+    rows: Sequence[int]
+    """The row of the last accepted token; below 0 for one that is not decoding yet."""
+    next_tokens: Sequence[int]
+    """What the target chose there."""
+    room: Sequence[int]
+    """Tokens that may still be drafted."""
+
+
 class CerberusDrafter:
     """Drafts for the requests whose gate is open; skips the heads when none is.
 
     Args:
         heads: in the target's dtype, on its device.
+        embed: token ids [n] int64 -> their embeddings [n, hidden_size], the target's.
         lm_head: hidden states [n, hidden_size] -> logits [n, tokens that can be drafted],
             the target's own.
         gate: decides per request.
@@ -61,66 +81,83 @@ class CerberusDrafter:
     def __init__(
         self,
         heads: CerberusHeads,
+        embed: Callable[[Tensor], Tensor],
         lm_head: Callable[[Tensor], Tensor],
         gate: LearningGate,
         share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
     ) -> None:
         self._heads = heads
+        self._embed = embed
         self._lm_head = lm_head
         self._gate = gate
         self._share = share
+        self._is_due = False
+        """The gate wants drafts; the steps until it can have them are on their way."""
 
     def draft(
         self,
-        req_ids: Sequence[str],
-        rows: Sequence[int],
-        room: Sequence[int],
+        requests: Decoding,
         hidden_states: Tensor,  # [num_rows, hidden_size]
         logits: Tensor,  # [num_rows, vocab]
         report: StepReport,
+        *,
+        may_draft: bool = True,
     ) -> list[list[int]]:
-        """Draft tokens per request, at most `room` of each.
+        """Draft tokens per request, at most as many as it has room for.
 
         Args:
-            req_ids: per request, its id.
-            rows: per request, the row of its last accepted token; below 0 for a request
-                that is not decoding yet.
-            room: per request, tokens that may still be drafted.
             hidden_states: the target's, after its final norm.
             logits: the target's, at the same rows.
             report: gains this step's decisions.
+            may_draft: False asks the gate, and runs no heads.
         """
         began = time.perf_counter()
+        rows, room = requests.rows, requests.room
         drafts: list[list[int]] = [[] for _ in rows]
         decoding = [i for i, row in enumerate(rows) if row >= 0]
         able = [i for i in decoding if room[i] > 0]
-        signals = Signals(
-            logits, [rows[i] for i in able], [req_ids[i] for i in able], len(decoding)
-        )
-        open_ = self._share(lambda: self._open(able, signals, report))
+        able_ids = [requests.req_ids[i] for i in able]
+        signals = Signals(logits, [rows[i] for i in able], able_ids, len(decoding))
+        wanted = self._share(lambda: self._wanted(able, signals, may_draft))
+        report.asked, report.wanted = len(able), len(wanted)
+        open_ = wanted if may_draft else []
         if open_:
-            picked = torch.tensor([rows[i] for i in open_], device=hidden_states.device)
-            tokens = self._tokens(hidden_states[picked])
+            tokens = self._tokens(requests, open_, hidden_states)
             for i, token_ids in zip(open_, tokens, strict=True):
                 drafts[i] = token_ids[: room[i]]
-        report.gate["closed", NO_ROOM] += len(decoding) - len(able)
+        self._count(report, len(decoding), len(able), len(open_))
         report.draft_lengths.update(len(drafts[i]) for i in decoding)
         report.drafted_for = len(open_)
         report.draft_seconds = time.perf_counter() - began
         return drafts
 
-    def _open(self, able: list[int], signals: Signals, report: StepReport) -> list[int]:
-        if not able:
-            return []
+    def _wanted(self, able: list[int], signals: Signals, may_draft: bool) -> list[int]:
+        if not able or (self._is_due and not may_draft):
+            return able
         admitted = self._gate.admit(signals)
-        open_ = [i for i, yes in zip(able, admitted, strict=True) if yes]
-        report.gate["open", self._gate.reason] += len(open_)
-        report.gate["closed", self._gate.reason] += len(able) - len(open_)
-        return open_
+        wanted = [i for i, yes in zip(able, admitted, strict=True) if yes]
+        self._is_due = bool(wanted) and not may_draft
+        return wanted
 
-    def _tokens(self, hidden_states: Tensor) -> list[list[int]]:
-        """Per request, as many tokens as the gate wants verified."""
-        logits = self._heads.logits(self._heads(hidden_states), self._lm_head)
+    def _count(self, report: StepReport, decoding: int, able: int, opened: int) -> None:
+        reason = self._gate.reason
+        report.gate["open", reason] += opened
+        report.gate["closed", reason] += able - report.wanted
+        report.gate["closed", AHEAD] += report.wanted - opened
+        report.gate["closed", NO_ROOM] += decoding - able
+
+    def _tokens(
+        self, requests: Decoding, open_: list[int], hidden_states: Tensor
+    ) -> list[list[int]]:
+        """Per open request, as many tokens as the gate wants verified."""
+        device = hidden_states.device
+        rows = torch.tensor([requests.rows[i] for i in open_], device=device)
+        embeddings = None
+        if self._heads.reads_token:
+            chosen = [requests.next_tokens[i] for i in open_]
+            embeddings = self._embed(torch.tensor(chosen, device=device))
+        states = self._heads(hidden_states[rows], embeddings)
+        logits = self._heads.logits(states, self._lm_head)
         # On CPU max() finds the place several times faster than argmax().
         best = logits.max(dim=-1)
         lengths = self._gate.lengths(DraftSignals(logits, best.values))

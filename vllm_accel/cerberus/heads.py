@@ -4,7 +4,7 @@ Depth j of every head needs only depth j-1 of two heads, so one depth is one bat
 product over all heads and the critical path is the number of blocks, not of heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,11 @@ class CerberusHeads(nn.Module):
     head gives the target's own logits. Without cross-links this is Medusa (arXiv
     2401.10774).
 
+    With `reads_token` they also read the embedding of the next token, which is known when
+    they draft. That is not in the Cerberus paper, whose heads know the hidden state alone
+    and have to guess what was sampled from it; Hydra (arXiv 2402.05109) does it for the
+    drafted tokens as well, one head after the other.
+
     States become logits by the target's LM head, or by LM heads of their own. Both may be
     cut down to the tokens that are worth drafting, `draft_token_ids`.
 
@@ -30,18 +35,21 @@ class CerberusHeads(nn.Module):
         blocks: J, residual blocks per head; cross-links act from the second on.
         hidden_size: width of the target's hidden state.
         cross_links: blocks also read the state of the head before.
+        reads_token: heads also read the next token's embedding, as wide as the hidden
+            state.
         vocab_size: of the target; needed for LM heads of their own only.
         own_lm_heads: an LM head per head, trained with it.
         draft_vocab_size: number of tokens that can be drafted; None: all.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a checkpoint says of them
         self,
         *,
         draft_tokens: int,
         blocks: int,
         hidden_size: int,
         cross_links: bool = True,
+        reads_token: bool = False,
         vocab_size: int = 0,
         own_lm_heads: bool = False,
         draft_vocab_size: int | None = None,
@@ -56,6 +64,9 @@ class CerberusHeads(nn.Module):
         self.biases = nn.ParameterList(
             torch.zeros(draft_tokens, hidden_size) for _ in widths
         )
+        self.token_weight = (
+            nn.Parameter(torch.zeros(hidden_size, hidden_size)) if reads_token else None
+        )
         rows = draft_vocab_size or vocab_size
         self.lm_heads = (
             nn.Parameter(torch.zeros(draft_tokens, rows, hidden_size))
@@ -69,8 +80,18 @@ class CerberusHeads(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,  # [num_tokens, hidden_size] after the final norm
+        next_tokens: Tensor | None = None,  # [num_tokens, hidden_size] embeddings
     ) -> Tensor:
-        """[draft_tokens, num_tokens, hidden_size], for the target's LM head."""
+        """[draft_tokens, num_tokens, hidden_size], for the target's LM head.
+
+        Args:
+            next_tokens: read with `reads_token` only.
+        """
+        if self.token_weight is not None:
+            assert next_tokens is not None
+            # Embeddings are of any scale; at unit size they weigh like hidden states.
+            token = F.rms_norm(next_tokens, next_tokens.shape[-1:], eps=1e-10)
+            hidden_states = hidden_states + F.linear(token, self.token_weight)
         first_weight, *weights = self.weights
         first_bias, *biases = self.biases
         update = F.linear(hidden_states, first_weight.flatten(0, 1), first_bias.flatten())
@@ -116,11 +137,23 @@ class CerberusHeads(nn.Module):
         if self.lm_heads is not None:
             self.lm_heads.data = self.lm_heads.data[:, self.draft_token_ids].contiguous()
 
+    @property
+    def reads_token(self) -> bool:
+        """Whether `forward` needs the next tokens' embeddings."""
+        return self.token_weight is not None
+
     def keep_first(self, draft_tokens: int) -> None:
         """Drops the heads after the first few; links only ever read earlier heads."""
         self.draft_tokens = draft_tokens
-        for parameter in self.parameters():
+        for parameter in self._by_head():
             parameter.data = parameter.data[:draft_tokens].contiguous()
+
+    def _by_head(self) -> Iterator[nn.Parameter]:
+        """The parameters whose first dimension is the head."""
+        yield from self.weights
+        yield from self.biases
+        if self.lm_heads is not None:
+            yield self.lm_heads
 
     def lay_out_for_inference(self) -> None:
         """Orders the linked blocks' weights in memory as the batched product reads them.

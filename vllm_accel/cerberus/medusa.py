@@ -66,6 +66,7 @@ def read(folder: Path, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str
         "blocks": layers,
         "hidden_size": hidden_size,
         "cross_links": False,
+        "reads_token": False,
         "vocab_size": vocab_size,
         "own_lm_heads": True,
     }

@@ -16,7 +16,7 @@ from vllm_accel.errors import ConfigError
 Floats = NDArray[np.float64]
 
 _BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
-_COLUMNS = 9
+_COLUMNS = 10
 
 _FORGET = 0.995
 _ANCHOR = 1e-3
@@ -39,6 +39,8 @@ class StepShape:
     """Rows of requests whose prompt is still being read."""
     drafted_for: Any = 0
     """Requests the heads ran for at its end."""
+    waited: Any = 0
+    """1 if it was scheduled after the end of the one before, not while that one ran."""
 
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""
@@ -50,11 +52,12 @@ class StepShape:
         columns[:, 6] = np.asarray(self.prefill_tokens) / 512
         columns[:, 7] = np.asarray(self.drafted_for) > 0
         columns[:, 8] = np.asarray(self.drafted_for) / 32
+        columns[:, 9] = np.asarray(self.waited)
         return columns
 
 
 class StepCost:
-    """Seconds of a step, as measured from the start of one to the start of the next.
+    """Seconds of a step, as measured from the end of the one before to its own.
 
     Recursive least squares on relative errors, old steps forgotten, outliers (a machine
     doing something else for a moment) held down to a few typical errors. What is not

@@ -123,12 +123,12 @@ class Goodput:
             load.note(False, step.trying)
             return [False] * len(signals)
         if kind is None and _drafts_by_habit(load):
-            load.note(True, False)
             step.by_habit = True
             return [True] * len(signals)
         features = self._features(signals)
         admitted = self._wanted(features, load, trying=step.trying)
-        load.note(bool(admitted.any()), step.trying)
+        if not admitted.any():
+            load.note(False, step.trying)
         pairs = zip(signals.req_ids, admitted, strict=True)
         step.req_ids = [req_id for req_id, yes in pairs if yes]
         step.features = features[admitted]
@@ -140,6 +140,8 @@ class Goodput:
     def lengths(self, drafts: DraftSignals) -> list[int]:
         """How many draft tokens to verify of each admitted request."""
         step = self._step
+        # Here and not in `admit`: a step that runs ahead asks and then does not draft.
+        self._loads[step.requests.bit_length()].note(True, step.trying)
         if step.by_habit:
             return [drafts.draft_tokens] * len(drafts)
         after = _after_features(step.features, drafts.confidence)
@@ -277,7 +279,9 @@ def best_drafts(
     first_tokens = np.concatenate([[0], order % draft_tokens == 0])
     drafted_for = requests if heads_run else first_tokens.cumsum()
     rows = plain.decode_rows + np.arange(len(order) + 1)
-    shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for)
+    # Only a step without heads can be on its way before the one before has ended.
+    waited = np.greater(drafted_for, 0)
+    shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for, waited)
     seconds = cost.seconds(shapes)
     tokens = plain.requests + np.concatenate([[0.0], survival.ravel()[order].cumsum()])
     rates = tokens / np.maximum.accumulate(seconds)

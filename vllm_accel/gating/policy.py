@@ -38,7 +38,11 @@ class LearningGate(Protocol):
     reason: str
 
     def admit(self, signals: Signals) -> list[bool]:
-        """[num_reqs] True where the heads are to run."""
+        """[num_reqs] True where the heads are to run.
+
+        They do not if the engine had already queued the next step; then `lengths` is not
+        called, and the next `admit` but one can draft.
+        """
         ...
 
     def lengths(self, drafts: DraftSignals) -> list[int]:
@@ -50,7 +54,7 @@ class LearningGate(Protocol):
         ...
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Takes in the time from the start of a step to the start of the next."""
+        """Takes in the time from the end of the step before to this one's."""
         ...
 
     def keep_only(self, req_ids: Container[str]) -> None:

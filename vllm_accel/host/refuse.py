@@ -75,6 +75,11 @@ def _checks(
             "none, because vLLM drops them when it speculates",
         ),
         (
+            "KV connectors",
+            engine_args.kv_transfer_config is not None,
+            "no --kv-transfer-config",
+        ),
+        (
             "watermarks",
             engine_args.watermark_config is not None,
             "no --watermark-config",

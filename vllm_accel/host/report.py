@@ -19,11 +19,23 @@ class StepTime:
 
     shape: StepShape
     seconds: float
-    """From its start to the start of the next."""
+    """From the end of the one before to its own."""
 
 
-def attach(output: Any, value: StepReport | StepTime) -> None:
-    """Puts a worker's report on its output, or a measured time on the next step."""
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the scheduler tells the workers with a step."""
+
+    may_draft: bool
+    """False if the next step may be on its way already."""
+    waited: bool
+    """It was scheduled with no other step on its way."""
+    measured: list[StepTime]
+    """Of the steps that ended since the last orders."""
+
+
+def attach(output: Any, value: StepReport | Orders) -> None:
+    """Puts a worker's report on its output, or orders on a step."""
     setattr(output, _ATTRIBUTE, value)
 
 

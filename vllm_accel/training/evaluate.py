@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,8 +47,14 @@ class Observations:
         return SelfTest(self.hidden_states[::step], self.token_ids[::step])
 
 
+class WithBase(Protocol):
+    """Anything around a transformers causal language model."""
+
+    base: Any
+
+
 @torch.no_grad()
-def continued(model: FrozenBaseWithHeads, rows: list[Row]) -> list[Row]:
+def continued(model: WithBase, rows: list[Row]) -> list[Row]:
     """Rows of text become the base's own greedy continuations of their beginnings.
 
     Rows that already are continuations stay. Acceptance on other text than the base's
@@ -104,7 +110,8 @@ def _observe_row(model: FrozenBaseWithHeads, row: Row) -> tuple[Tensor, ...]:
     kept = (wanted != IGNORED).all(dim=1) & logits.argmax(dim=-1).eq(wanted[:, 0])
     states, logits, wanted = states[0, kept], logits[kept], wanted[kept]
     lm_head = model.heads.draftable_rows(model.base.lm_head.weight)
-    drafts = model.heads.logits(model.heads(states), partial(linear, weight=lm_head))
+    after = model.base.get_input_embeddings()(wanted[:, 0])
+    drafts = model.heads.logits(model.heads(states, after), partial(linear, weight=lm_head))
     best = drafts.topk(min(_BEST, drafts.shape[-1]), dim=-1).indices
     top5 = model.heads.token_ids(best)
     parts = (states.float(), wanted, top5.transpose(0, 1), entropy(logits))

@@ -31,6 +31,13 @@ class FrozenBaseWithHeads(nn.Module):
         self.heads = heads
         self.follow_base = follow_base
 
+    trained_name = "heads"
+
+    @property
+    def trained(self) -> CerberusHeads:
+        """What learns."""
+        return self.heads
+
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """[rows, tokens, hidden_size] after the base's final norm."""
         with torch.no_grad():
@@ -48,13 +55,20 @@ class FrozenBaseWithHeads(nn.Module):
         states = self.hidden_states(input_ids)
         asked = self.asked(states, input_ids, labels)
         rows = (asked != IGNORED).any(dim=0)
+        drafted = self.heads(states[rows], self.next_tokens(input_ids)[rows])
         losses = [
             HEAD_WEIGHT_DECAY**head * self._loss(head, said, wanted)
-            for head, (said, wanted) in enumerate(
-                zip(self.heads(states[rows]), asked[:, rows], strict=True)
-            )
+            for head, (said, wanted) in enumerate(zip(drafted, asked[:, rows], strict=True))
         ]
         return {"loss": torch.stack(losses).sum()}
+
+    def next_tokens(self, input_ids: Tensor) -> Tensor:
+        """[rows, tokens, hidden_size] embeddings of the tokens after each.
+
+        Nobody asks a head at the last token, so what stands there does not matter.
+        """
+        embeddings: Tensor = self.base.get_input_embeddings()(input_ids.roll(-1, dims=1))
+        return embeddings
 
     def asked(self, states: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
         """[draft_tokens, rows, tokens] what each head should say, or `IGNORED`."""

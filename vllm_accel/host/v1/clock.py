@@ -8,37 +8,35 @@ from vllm_accel.host.report import StepTime
 
 
 class StepClock:
-    """Measures from the start of one step to the start of the next.
+    """Measures from the end of one step to the end of the next.
 
     The scheduler holds it: a worker sees neither the scheduler's share of a step nor the
     way between the processes, and workers that each read a clock of their own could
-    decide differently.
+    decide differently. Ends, not starts: a step that is queued ahead starts early.
     """
 
     def __init__(self) -> None:
-        self._began = 0.0
-        self._shape: StepShape | None = None
+        self._ended: float | None = None
 
-    def start(self) -> StepTime | None:
-        """Starts a step; gives the time of the one before if nothing came between."""
-        now = time.perf_counter()
-        last = self._shape
-        measured = StepTime(last, now - self._began) if last is not None else None
-        self._began, self._shape = now, None
-        return measured
-
-    def end(self, scheduler_output: Any, drafted_for: int, *, busy: bool) -> None:
-        """Ends a step.
+    def end(
+        self, scheduler_output: Any, drafted_for: int, *, waited: bool, busy: bool
+    ) -> StepTime | None:
+        """Ends a step; gives its time if the engine was at nothing else meanwhile.
 
         Args:
             drafted_for: requests the heads ran for.
-            busy: there is more to do, so that the next step starts at once.
+            waited: it was scheduled after the end of the one before.
+            busy: there is more to do, so that the next step follows at once.
         """
-        if busy and scheduler_output.total_num_scheduled_tokens:
-            self._shape = shape_of(scheduler_output, drafted_for)
+        now = time.perf_counter()
+        began, self._ended = self._ended, now if busy else None
+        if began is None or not scheduler_output.total_num_scheduled_tokens:
+            return None
+        shape = shape_of(scheduler_output, drafted_for, waited=waited)
+        return StepTime(shape, now - began)
 
 
-def shape_of(scheduler_output: Any, drafted_for: int) -> StepShape:
+def shape_of(scheduler_output: Any, drafted_for: int, *, waited: bool) -> StepShape:
     """What a step had to do."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
     new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
@@ -50,4 +48,4 @@ def shape_of(scheduler_output: Any, drafted_for: int) -> StepShape:
     ]
     rows = sum(decoding)
     prefill = scheduler_output.total_num_scheduled_tokens - rows
-    return StepShape(rows, len(decoding), prefill, drafted_for)
+    return StepShape(rows, len(decoding), prefill, drafted_for, int(waited))

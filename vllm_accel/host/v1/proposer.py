@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_accel.cerberus import base_model, checkpoint, location
-from vllm_accel.cerberus.drafter import CerberusDrafter, StepReport
+from vllm_accel.cerberus.drafter import CerberusDrafter, Decoding, StepReport
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import Always, LearningGate, Unlearning, make_gate
@@ -46,7 +46,11 @@ class CerberusProposer:
         heads.lay_out_for_inference()
         self._gate = self._make_gate(heads.draft_tokens)
         self._drafter = CerberusDrafter(
-            heads, self._lm_head(heads, target), self._gate, decided_by_first_rank
+            heads,
+            target.embed_input_ids,
+            self._lm_head(heads, target),
+            self._gate,
+            decided_by_first_rank,
         )
         logger.info("cerberus heads loaded from %s", folder)
 
@@ -79,10 +83,10 @@ class CerberusProposer:
         rows = heads.draftable_rows(base_model.lm_head_weight(folder))
         return partial(functional.linear, weight=rows.to(heads.weights[0]))
 
-    def start_step(self, measured: StepTime | None, req_ids: Container[str]) -> None:
-        """Tells the gate how long the last step took and which requests still live."""
-        if measured is not None:
-            self._gate.observe(measured.shape, measured.seconds)
+    def start_step(self, measured: list[StepTime], req_ids: Container[str]) -> None:
+        """Tells the gate how long steps took and which requests still live."""
+        for step in measured:
+            self._gate.observe(step.shape, step.seconds)
         self._gate.keep_only(req_ids)
         if self._memory is not None and not get_tp_group().rank_in_group:
             self._memory.save_when_due(self._gate)
@@ -94,16 +98,16 @@ class CerberusProposer:
     @torch.inference_mode()
     def propose(
         self,
-        req_ids: list[str],
-        rows: list[int],
-        room: list[int],
+        requests: Decoding,
         hidden_states: Tensor,
         logits: Tensor,
         report: StepReport,
+        *,
+        may_draft: bool,
     ) -> list[list[int]]:
         """See `CerberusDrafter.draft`; our runner calls this, vLLM's never does."""
         drafter: Any = self._drafter
-        return drafter.draft(req_ids, rows, room, hidden_states, logits, report)
+        return drafter.draft(requests, hidden_states, logits, report, may_draft=may_draft)
 
 
 def decided_by_first_rank(decide: Callable[[], list[int]]) -> list[int]:

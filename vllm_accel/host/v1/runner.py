@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_accel.cerberus.drafter import StepReport
+from vllm_accel.cerberus.drafter import Decoding, StepReport
 from vllm_accel.host.report import attach, attached
 from vllm_accel.host.v1 import greedy as greedy_path
 from vllm_accel.speculate import DraftBook, draft_room
@@ -110,16 +110,22 @@ class CerberusRunnerMixin:
         """Settles the last step's drafts, then drafts for this one's requests."""
         self._report = StepReport()
         self._book.keep_only(self.requests)
-        self.drafter.start_step(attached(scheduler_output), self.requests)
+        orders = attached(scheduler_output)
+        self.drafter.start_step(orders.measured, self.requests)
         self._settle(scheduler_output.scheduled_spec_decode_tokens, sampled_token_ids)
         num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
+        requests = Decoding(
+            req_ids=self.input_batch.req_ids,
+            rows=list(last_accepted_rows(num_rows, sampled_token_ids)),
+            next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
+            room=[self._room(i) for i in range(len(sampled_token_ids))],
+        )
         drafts = self.drafter.propose(
-            self.input_batch.req_ids,
-            list(last_accepted_rows(num_rows, sampled_token_ids)),
-            [self._room(i) for i in range(len(sampled_token_ids))],
+            requests,
             sample_hidden_states,
             self._target_logits,
             self._report,
+            may_draft=orders.may_draft,
         )
         for i, draft in enumerate(drafts):
             if draft:

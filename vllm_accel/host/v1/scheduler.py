@@ -1,67 +1,123 @@
-"""Scheduler: vLLM's own, without padded drafts; it counts and times what steps give."""
+"""Scheduler: vLLM's own, which waits for outputs where drafts may come; it counts steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_accel.cerberus.drafter import StepReport
-from vllm_accel.host.hooks import drafts_with_output
+from vllm_accel.host import carrier
+from vllm_accel.host.hooks import run_ahead
 from vllm_accel.host.metrics import CounterFile
-from vllm_accel.host.report import attach, attached
+from vllm_accel.host.report import Orders, StepTime, attach, attached
 from vllm_accel.host.v1.clock import StepClock
+from vllm_accel.host.v1.run_ahead import RunAhead
 from vllm_accel.host.v1.summary import Summary
 
 
-class AccelScheduler(Scheduler):
-    """Overrides of Scheduler (vllm/v1/core/sched/scheduler.py, 0.32)."""
+class AccelScheduler(AsyncScheduler):
+    """Overrides of AsyncScheduler (vllm/v1/core/sched/async_scheduler.py, 0.32)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         self._never_pad()
-        drafts_with_output.apply()
         self._counters = CounterFile(self.vllm_config, "cerberus")
         self._summary = Summary()
         self._clock = StepClock()
+        self.can_run_ahead = carrier.unloaded(vllm_config).run_ahead and _can_queue(
+            vllm_config, kv_cache_config
+        )
+        self._run_ahead = RunAhead(allowed=self.can_run_ahead)
+        run_ahead.apply()
+        self._measured: list[StepTime] = []
+        self._in_flight = 0
+        self._held = False
 
     def _never_pad(self) -> None:
-        """Lets draft lengths differ from step to step.
+        """Drafts are as long as they are; none are announced as tokens of -1.
 
-        With a fixed length vLLM pads a request whose prompt is fully cached to a full
-        draft of -1 tokens, which run, count as drafted, and are all rejected.
+        Announced drafts run, count as drafted, and are all rejected where a step turns
+        out to have none.
         """
-        batch_sizes = self.scheduler_config.max_num_seqs + 1
-        self.dynamic_sd_lookup = [self.num_spec_tokens] * batch_sizes
+        self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next step may be queued before this one's output is in."""
+        return self._run_ahead.on
+
+    @contextmanager
+    def scheduling_held(self) -> Iterator[None]:
+        """Within it the engine core finds nothing to schedule, and takes an output."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def has_requests(self) -> bool:
+        """See `SchedulerInterface.has_requests`."""
+        return not self._held and super().has_requests()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Sends the measured time of the last step along with this one."""
+        """Sends orders, and the measured time of what ended, along with the step."""
+        if self.runs_ahead:
+            self._drop_drafts()
         scheduler_output = super().schedule(*args, **kwargs)
-        measured = self._clock.start()
-        if measured is not None:
-            attach(scheduler_output, measured)
-        self._summary.add_time(measured)
+        if scheduler_output.has_structured_output_requests:
+            self._run_ahead.wait()  # a grammar needs the token before anyway
+        orders = Orders(not self.runs_ahead, not self._in_flight, self._measured)
+        attach(scheduler_output, orders)
+        self._measured = []
+        self._in_flight += 1
         return scheduler_output
+
+    def _drop_drafts(self) -> None:
+        """Of requests that had no turn since they drafted.
+
+        What a draft's verdict leaves of a request is known only when the step has ended,
+        too late for one that is queued ahead.
+        """
+        for request in self.running:
+            request.spec_token_ids = []
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Takes the drafts that came with the output; counts what requests were given."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._in_flight -= 1
         report = attached(model_runner_output)
-        if report is not None:
-            if any(report.drafts):
-                self.update_draft_token_ids(DraftTokenIds(report.req_ids, report.drafts))
-            given = [
-                len(output.new_token_ids)
-                for engine_outputs in outputs.values()
-                for output in engine_outputs.outputs
-                if output.new_token_ids
-            ]
-            self._count(report, given)
-            self._summary.add(report, given)
         busy = self.has_unfinished_requests()
-        drafted_for = 0 if report is None else report.drafted_for
-        self._clock.end(scheduler_output, drafted_for, busy=busy)
+        measured = self._clock.end(
+            scheduler_output,
+            drafted_for=0 if report is None else report.drafted_for,
+            waited=attached(scheduler_output).waited,
+            busy=busy,
+        )
+        if measured is not None:
+            self._measured.append(measured)
+        if report is not None:
+            self._take(report, measured, _lengths(outputs))
         self._counters.write(busy=busy)
         return outputs
+
+    def _take(
+        self, report: StepReport, measured: StepTime | None, given: list[int]
+    ) -> None:
+        if any(report.drafts):
+            self.update_draft_token_ids(DraftTokenIds(report.req_ids, report.drafts))
+        self._run_ahead.note(report)
+        self._count(report, given)
+        self._summary.add(report, given, measured)
 
     def _count(self, report: StepReport, given: list[int]) -> None:
         add = self._counters.add
@@ -74,3 +130,25 @@ class AccelScheduler(Scheduler):
         add("vllm:accel_draft_seconds", report.draft_seconds)
         add("vllm:accel_request_steps", len(given))
         add("vllm:accel_output_tokens", sum(given))
+
+
+def _can_queue(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
+    """Whether queueing a step ahead works and gains anything.
+
+    In one process the worker runs inside the scheduler's calls. Sliding windows have had
+    their pages counted for one step in flight.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    return vllm_config.parallel_config.distributed_executor_backend == "mp" and all(
+        isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups
+    )
+
+
+def _lengths(outputs: Any) -> list[int]:
+    """Tokens of every request that was given any."""
+    return [
+        len(output.new_token_ids)
+        for engine_outputs in outputs.values()
+        for output in engine_outputs.outputs
+        if output.new_token_ids
+    ]

@@ -17,7 +17,6 @@ class Summary:
 
     def __init__(self) -> None:
         self._benefit = Benefit()
-        self._given = 0
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -25,21 +24,17 @@ class Summary:
         self._steps = self._tokens = self._drafted = self._accepted = 0
         self._open = self._decisions = 0
 
-    def add(self, report: StepReport, given: list[int]) -> None:
+    def add(self, report: StepReport, given: list[int], measured: StepTime | None) -> None:
         """Adds a step; `given`: output tokens per request that got any."""
-        self._given = sum(given)
         self._steps += len(given)
-        self._tokens += self._given
+        self._tokens += sum(given)
         self._drafted += report.drafted
         self._accepted += report.accepted
         self._decisions += report.gate.total()
         self._open += sum(n for (state, _), n in report.gate.items() if state == "open")
-
-    def add_time(self, measured: StepTime | None) -> None:
-        """Adds the time of the step added last."""
         if measured is not None and measured.shape.requests:
             if not measured.shape.prefill_tokens:
-                self._benefit.add(measured.shape, self._given, measured.seconds)
+                self._benefit.add(measured.shape, sum(given), measured.seconds)
             self._log_when_due()
 
     def _log_when_due(self) -> None:

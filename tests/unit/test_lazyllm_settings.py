@@ -1,0 +1,164 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from vllm_accel import ConfigError
+from vllm_accel.lazyllm.config import LazyConfig, requested_keep
+from vllm_accel.lazyllm.schedule import Schedule, default_points, shares
+from vllm_accel.spans import padding_ratio, spans_between
+
+EVERY_KEY = {
+    "prune_after": [2, 4],
+    "keep": [0.5, 0.2],
+    "granularity": "token",
+    "pooling": "max",
+    "min_prompt": 100,
+    "max_whole_prompt": 4096,
+    "sink": 4,
+    "recent": 64,
+    "revive": "off",
+    "revive_pages": 2,
+}
+
+
+def schedule(num_layers=12, block_size=4, **settings):
+    config = LazyConfig(**settings)
+    return Schedule.of(config, num_layers=num_layers, block_size=block_size)
+
+
+def test_a_config_survives_json():
+    config = LazyConfig.from_mapping(EVERY_KEY)
+    assert LazyConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
+    assert set(EVERY_KEY) == {field.name for field in dataclasses.fields(LazyConfig)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kep": 0.5}, "did you mean 'keep'"),
+        ({"prune_after": (8, 4)}, "is not in order"),
+        ({"prune_after": (4, 4)}, "is not in order"),
+        ({"prune_after": ()}, "is not in order"),
+        ({"prune_after": (0, 4)}, "is not in order"),
+        ({"prune_after": 4}, "is not in order"),
+        ({"keep": 0}, "expected a share above 0 and at most 1"),
+        ({"keep": 1.5}, "expected a share above 0 and at most 1"),
+        ({"keep": float("nan")}, "expected a share above 0"),
+        ({"keep": "half"}, "expected a share above 0"),
+        ({"keep": True}, "expected a share above 0"),
+        ({"prune_after": (4, 8), "keep": (0.2, 0.5)}, "none larger than the one before"),
+        ({"prune_after": (4, 8), "keep": (0.5,)}, "has 1 shares: expected one per"),
+        ({"keep": (0.5, 0.2)}, "give both, or one number"),
+        ({"granularity": "word"}, "expected page or token"),
+        ({"pooling": ["max"]}, "expected mean or max"),
+        ({"min_prompt": 0}, "expected a whole number from 1 up"),
+        ({"recent": 0}, "expected a whole number from 1 up"),
+        ({"sink": 1.5}, "expected a whole number from 0 up"),
+        ({"revive": "always"}, "expected budget or off"),
+        ({"revive_pages": False}, "expected a whole number from 1 up"),
+        ({"granularity": "token", "revive": "budget"}, "kernels read whole pages"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_allowed(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        LazyConfig.from_mapping(settings)
+
+
+@pytest.mark.parametrize("value", [None, "page", 7, ["keep"]])
+def test_what_is_no_config_is_refused(value):
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        LazyConfig.from_mapping(value)
+
+
+def test_tokens_are_not_revived_unless_asked_and_pages_are():
+    assert LazyConfig().revives
+    assert not LazyConfig(granularity="token").revives
+    assert not LazyConfig(revive="off").revives
+
+
+@pytest.mark.parametrize(
+    ("asked", "keep"),
+    [
+        (None, None),
+        ({}, None),
+        ({"lazyllm": {}}, None),
+        ({"lazyllm": {"keep": 0.5}}, 0.5),
+        ({"lazyllm": 1}, 1),
+        ({"lazyllm": [0.5, 0.2]}, (0.5, 0.2)),
+    ],
+)
+def test_a_request_may_ask_for_its_own_share(asked, keep):
+    assert requested_keep(asked, num_points=2) == keep
+
+
+@pytest.mark.parametrize(
+    "asked", [2, "1", [0.5], [0.2, 0.5], {"keep": -1}, {"kept": 1}, True]
+)
+def test_a_request_that_asks_for_something_else_is_refused(asked):
+    with pytest.raises(ConfigError):
+        requested_keep({"lazyllm": asked}, num_points=2)
+
+
+def test_one_number_is_reached_by_equal_factors():
+    assert shares(0.25, 2) == (1.0, 0.5, 0.25)
+    assert shares((0.6, 0.1), 2) == (1.0, 0.6, 0.1)
+
+
+@pytest.mark.parametrize(
+    "num_layers", [3, 4, 12, 16, 22, 26, 28, 30, 31, 32, 36, 40, 61, 80]
+)
+def test_default_points_are_early_and_waste_little(num_layers):
+    first, second = default_points(num_layers)
+    spans = spans_between((first, second), num_layers)
+    assert padding_ratio(spans) <= 0.1
+    assert num_layers / 6 <= first <= num_layers / 3
+
+
+def test_a_model_too_shallow_for_spans_is_refused():
+    with pytest.raises(ConfigError, match="at least 3 layers"):
+        default_points(2)
+
+
+def test_a_point_beyond_the_model_is_refused():
+    with pytest.raises(ConfigError, match=r"expected layer counts from 1 to 11"):
+        schedule(prune_after=(4, 12))
+
+
+def test_kept_pages_are_the_share_rounded_up_and_never_less_than_what_stays():
+    plan = schedule(prune_after=(3, 6), keep=(0.1, 0.01))
+    assert plan.num_kept(0, 30, 2) == 30
+    assert plan.num_kept(1, 30, 2) == 3
+    assert plan.num_kept(2, 30, 2) == 2
+    assert schedule(prune_after=(3, 6), keep=(0.07, 0.07)).num_kept(1, 100, 2) == 7
+
+
+def test_sink_window_last_token_and_a_page_begun_before_are_always_kept():
+    plan = schedule(sink=5, recent=6)
+    whole = plan.always_kept(39, 0, 39)
+    assert np.flatnonzero(whole).tolist() == [0, 1, 8, 9]
+    piece = plan.always_kept(39, 10, 22)
+    assert np.flatnonzero(piece).tolist() == [0, 1, 2, 5, 8, 9]
+
+
+def test_no_prompt_parks_more_than_it_was_given_room_for():
+    plan = schedule(keep=0.2, sink=0, recent=1)
+    assert plan.most_parked(40) == 32
+    assert plan.most_parked(41) == 32
+    assert schedule(keep=1.0).most_parked(40) == 0
+
+
+def test_ratios_are_those_of_the_schedule():
+    plan = schedule(prune_after=(4, 8), keep=(0.5, 0.25), sink=0, recent=1)
+    assert plan.layers_ratio() == pytest.approx((1 + 0.5 + 0.25) / 3)
+    assert plan.pages_ratio(4000, 4, float("inf")) == pytest.approx(1.75 / 3)
+    aux = (4000 * 0.75 / 16) / 3000
+    assert plan.pages_ratio(4000, 4, 16) == pytest.approx(1.75 / 3 + aux, abs=1e-3)
+
+
+def test_short_prompts_and_those_kept_whole_are_left_alone():
+    plan = schedule(keep=0.5, min_prompt=100)
+    assert [plan.prunes(n) for n in (99, 100)] == [False, True]
+    assert not plan.with_keep(1.0).prunes(100)
+    assert schedule(keep=1.0).with_keep((0.5, 0.5)).prunes(2000)

@@ -1,0 +1,124 @@
+"""What the model would say if it ended after its first layers, and how sure of it."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_accel.gating import signals
+
+ADAPTERS = ("none", "mlp", "low_rank")
+"""No adapter as in the paper; a residual MLP; the same without its nonlinearity."""
+
+_LEAST_SCALE = 1e-6  # of a state's mean square, so that a state of zeros stays finite
+
+
+class ExitAdapter(nn.Module):
+    """Brings exit states closer to what the final norm expects; an identity untrained.
+
+    Not in the paper, which trains the whole model instead. The update is computed from the
+    state brought to unit size and scaled back, so the adapter commutes with scaling, as
+    final norms do: it does not have to learn how large a layer's states happen to be.
+
+    Args:
+        kind: one of `ADAPTERS`.
+        hidden_size: of the model.
+        width: numbers in the middle; 0 where there is no adapter.
+    """
+
+    def __init__(self, kind: str, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind != "none":
+            self.down = nn.Linear(hidden_size, width, bias=kind == "mlp")
+            self.up = nn.Linear(width, hidden_size, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+    def forward(
+        self,
+        exit_states: Tensor,  # [..., hidden_size] before any final norm
+    ) -> Tensor:
+        """[..., hidden_size], for the final norm."""
+        if self.kind == "none":
+            return exit_states
+        mean_square = exit_states.float().square().mean(dim=-1, keepdim=True)
+        scale = (mean_square + _LEAST_SCALE).sqrt().to(exit_states.dtype)
+        inner = self.down(exit_states / scale)
+        if self.kind == "mlp":
+            inner = functional.silu(inner)
+        update: Tensor = self.up(inner)
+        return exit_states + scale * update
+
+
+class ExitHead:
+    """The shallow model's ending: adapter, then the model's own final norm and LM head.
+
+    With the state after the last layer and no adapter it gives the model's own logits.
+
+    Args:
+        adapter: in the model's dtype, on its device.
+        norm: [n, hidden_size] -> the same, the model's final norm.
+        lm_head: [n, hidden_size] -> [n, vocab], whatever the model makes logits with.
+    """
+
+    def __init__(
+        self,
+        adapter: ExitAdapter,
+        norm: Callable[[Tensor], Tensor],
+        lm_head: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.adapter = adapter
+        self.normed = norm
+        self.lm_head = lm_head
+
+    def states(self, exit_states: Tensor) -> Tensor:
+        """[n, hidden_size] after the final norm, of states [n, hidden_size] before it."""
+        return self.normed(self.adapter(exit_states))
+
+    def logits(
+        self,
+        exit_states: Tensor,  # [n, hidden_size] after `exit_layer` layers, residual added
+    ) -> Tensor:
+        """[n, vocab]"""
+        return self.lm_head(self.states(exit_states))
+
+
+class ExitSignals:
+    """The shallow model's choices in one shallow step, a row per request that drafts."""
+
+    def __init__(
+        self,
+        logits: Tensor,  # [num_reqs, vocab] of the exit head
+        req_ids: Sequence[str] = (),
+    ) -> None:
+        self._logits = logits
+        self.req_ids = req_ids
+        """Per request, its id."""
+
+    def __len__(self) -> int:
+        return int(self._logits.shape[0])
+
+    @cached_property
+    def _best(self) -> torch.return_types.topk:
+        return self._logits.topk(2, dim=-1)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[num_reqs] int64: the shallow model's first choices."""
+        return self._best.indices[:, 0]
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[num_reqs] float32: best probability less the second, `signals.margin`.
+
+        From the two best logits that were looked for anyway, at half of its time.
+        """
+        shares = signals.confidence(self._logits[:, None], self._best.values)
+        return shares[:, 0] - shares[:, 1]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[num_reqs] float32, nats."""
+        return signals.entropy(self._logits)

@@ -1,0 +1,15 @@
+"""LazyLLM (arXiv 2407.14057): prompt tokens that do not matter stop flowing.
+
+Paper and code, section 3 of the paper:
+
+| paper | here |
+|---|---|
+| pruning layer l | the last layer of a span |
+| s_i, importance of token i at l (equation 1) | `importance.last_row_probabilities` |
+| k_l-th percentile | `Schedule.keep`: the share of the prompt that runs the next span |
+| Aux Cache | `aux_cache.AuxCache`, one entry per token instead of one per token and layer |
+
+What differs: pages of tokens are kept or pruned together; a decode step runs on the choice
+that the step before made; a token once brought back to a layer stays in its KV cache and is
+seen by all that come after it.
+"""

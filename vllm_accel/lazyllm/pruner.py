@@ -1,0 +1,347 @@
+"""Drives steps over spans: what flows on, what is parked, what is brought back.
+
+A worker has one `Pruner`. For every step it makes a `Step`; where `needs_spans`, the host
+runs span after span between `enter` and `leave`, else the whole model at once and `note`s
+what attention paid. Both leave nothing to the host but layers, metadata and pages.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_accel.lazyllm.aux_cache import AuxCache
+from vllm_accel.lazyllm.config import Keep, LazyConfig
+from vllm_accel.lazyllm.importance import pooled
+from vllm_accel.lazyllm.prompt import PrunedPrompt
+from vllm_accel.lazyllm.schedule import Schedule
+from vllm_accel.paging import Wanted, num_pages
+from vllm_accel.spans import Lane, Stream
+
+
+@dataclass(slots=True)
+class PruneCounts:
+    """What happened since the counts were last taken."""
+
+    rows: list[int]
+    """Per span, token rows that ran it."""
+    pages_parked: int = 0
+    """Pages of prompts that stopped before some span."""
+    pages_revived: int = 0
+    """Pages run through a span they had stopped before."""
+    prompts_pruned: int = 0
+    prompts_inert: int = 0
+    """Too short, wholly cached or asked to be kept as they are."""
+
+
+class Pruner:
+    """What a worker knows of all its prompts.
+
+    Args:
+        config: of the engine.
+        schedule: the config's, for its model.
+        aux: where pruned tokens wait; None where they never come back.
+    """
+
+    def __init__(
+        self, config: LazyConfig, schedule: Schedule, aux: AuxCache | None
+    ) -> None:
+        assert config.revives == (aux is not None), "an Aux Cache is for reviving"
+        self.config = config
+        self.schedule = schedule
+        self.aux = aux
+        self._prompts: dict[str, PrunedPrompt] = {}
+        self._judged_at: dict[str, int] = {}
+        self._turns = count(1)
+        self.counts = PruneCounts([0] * len(schedule.spans))
+
+    def admit(
+        self,
+        req_id: str,
+        num_prompt_tokens: int,
+        *,
+        num_cached_tokens: int = 0,
+        keep: Keep | None = None,
+        aux_slots: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Takes a request that is new or resumed.
+
+        Args:
+            num_prompt_tokens: of its prompt.
+            num_cached_tokens: found in the prefix cache.
+            keep: what it asks for instead of the config's.
+            aux_slots: of the Aux Cache, `Schedule.most_parked` of them at least.
+        """
+        self.forget(req_id)
+        schedule = self.schedule if keep is None else self.schedule.with_keep(keep)
+        if not schedule.prunes(num_prompt_tokens) or num_cached_tokens >= num_prompt_tokens:
+            self.counts.prompts_inert += 1
+            return
+        self._prompts[req_id] = PrunedPrompt(schedule, num_prompt_tokens, num_cached_tokens)
+        self.counts.prompts_pruned += 1
+        if self.aux is not None:
+            assert aux_slots is not None, f"{req_id} has no room in the Aux Cache"
+            self.aux.admit(req_id, num_prompt_tokens, aux_slots)
+
+    def forget(self, req_id: str) -> None:
+        """Drops a request that finished, was preempted or aborted; unknown ones pass."""
+        self._prompts.pop(req_id, None)
+        self._judged_at.pop(req_id, None)
+        if self.aux is not None:
+            self.aux.forget(req_id)
+
+    def prompt(self, req_id: str) -> PrunedPrompt | None:
+        """The state of a request; None if it runs dense."""
+        return self._prompts.get(req_id)
+
+    def begin(
+        self,
+        scheduled: Mapping[str, tuple[int, int]],
+        revived: Iterable[Wanted] = (),
+    ) -> "Step":
+        """Starts a step.
+
+        Args:
+            scheduled: per request in batch order, the tokens [first, stop) it runs.
+            revived: pages granted with this step, to be run in it.
+        """
+        flows = [
+            _Flow(req_id, self._prompts.get(req_id), piece, np.arange(*piece))
+            for req_id, piece in scheduled.items()
+        ]
+        return Step(self, flows, revived)
+
+    def judge(self, req_ids: Iterable[str]) -> set[str]:
+        """Those of the decoding requests whose turn it is to choose their pages again.
+
+        As many as could each have one page back in a step: scoring costs time too.
+        """
+        waiting = sorted(req_ids, key=lambda req_id: self._judged_at.get(req_id, 0))
+        turn = waiting[: self.config.revive_pages]
+        self._judged_at.update(zip(turn, self._turns, strict=False))
+        return set(turn)
+
+    def take_counts(self) -> PruneCounts:
+        """The counts so far; they start again."""
+        counts, self.counts = self.counts, PruneCounts([0] * len(self.schedule.spans))
+        return counts
+
+
+@dataclass(slots=True)
+class _Flow:
+    """The rows of one request that are still on their way through the step."""
+
+    req_id: str
+    prompt: PrunedPrompt | None
+    piece: tuple[int, int]
+    positions: NDArray[np.int64]
+
+    @property
+    def prefills(self) -> bool:
+        """Whether the step runs part of a prompt that is pruned."""
+        return self.prompt is not None and self.piece[0] < self.prompt.num_tokens
+
+    @property
+    def may_revive(self) -> bool:
+        """Whether it decodes and misses pages of its prompt."""
+        return self.prompt is not None and not self.prefills and not self.prompt.is_whole
+
+    def lane(self, span: int, page_tokens: int) -> Lane:
+        last = num_pages(self.piece[1], page_tokens) - 1
+        pages = np.arange(last + 1)
+        if self.prompt is not None:
+            pages = self.prompt.seen(span, self.piece[1])
+        assert pages[-1] == last, f"{self.req_id} lost the page of its last token"
+        seq_len = (len(pages) - 1) * page_tokens + self.piece[1] - last * page_tokens
+        return Lane(self.req_id, self.positions, pages, seq_len)
+
+
+@dataclass(frozen=True, slots=True)
+class _Revival:
+    """A page that runs one span in this step, as a lane of its own."""
+
+    req_id: str
+    prompt: PrunedPrompt
+    span: int
+    page: int
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        return self.prompt.tokens_of(self.page)
+
+    def lane(self) -> Lane:
+        pages = self.prompt.seen(self.span, int(self.positions[-1]) + 1)
+        return Lane(self.req_id, self.positions, pages, len(pages) * len(self.positions))
+
+
+class Step:
+    """One step on its way through the spans: rows of requests first, revived ones after."""
+
+    def __init__(
+        self, pruner: Pruner, flows: list[_Flow], revived: Iterable[Wanted]
+    ) -> None:
+        self._pruner = pruner
+        self._spans = pruner.schedule.spans
+        self._page_tokens = pruner.schedule.page_tokens
+        self._flows = flows
+        self._origin = np.arange(sum(len(flow.positions) for flow in flows))
+        self._revivals = [self._revival(*wanted) for wanted in revived]
+        self.dropped: dict[str, dict[int, list[int]]] = {}
+        """{req_id: {span: pages}} pages this step found out to be without use."""
+        for flow in flows:
+            if flow.prompt is not None:
+                flow.prompt.start(flow.positions)
+        self._judged = {flow.req_id for flow in flows if flow.prefills}
+        if pruner.aux is not None:
+            self._judged |= pruner.judge(flow.req_id for flow in flows if flow.may_revive)
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether rows differ from span to span."""
+        return bool(self._revivals) or any(flow.prefills for flow in self._flows)
+
+    @property
+    def origin(self) -> NDArray[np.int64]:
+        """[num_rows] which of the step's rows the ones still flowing are."""
+        return self._origin
+
+    def lanes(self, span: int) -> list[Lane]:
+        """What runs a span, in the order of its rows."""
+        main = [flow.lane(span, self._page_tokens) for flow in self._flows]
+        return main + [revival.lane() for revival in self._in(span)]
+
+    def scored(self, span: int) -> dict[str, int]:
+        """{req_id: index of its lane} of the lanes whose last row is to be scored.
+
+        By the attention it pays in the last layer of a span.
+        """
+        if span == len(self._spans) - 1:
+            return {}
+        return {
+            flow.req_id: i
+            for i, flow in enumerate(self._flows)
+            if flow.req_id in self._judged
+        }
+
+    def enter(self, span: int, stream: Stream) -> Stream:
+        """The rows that flow, and behind them those revived for this span."""
+        layer = self._spans[span].first
+        aux = self._pruner.aux
+        for revival in self._in(span):
+            assert aux is not None, "revived without an Aux Cache"
+            rows = aux.revive(revival.req_id, revival.positions, layer)
+            positions = torch.from_numpy(revival.positions).to(stream.positions.device)
+            stream = Stream(
+                torch.cat([stream.hidden, rows.to(stream.hidden)]),
+                torch.cat([stream.positions, positions]),
+            )
+        return stream
+
+    def note(self, span: int, importance: Mapping[str, Tensor]) -> None:
+        """Takes in what the last rows paid attention to.
+
+        Args:
+            importance: {req_id: [seq_len] float32} of the lanes that are `scored`.
+        """
+        for flow in self._flows:
+            if flow.prompt is not None and flow.req_id in importance:
+                lane = flow.lane(span, self._page_tokens)
+                scores = pooled(
+                    importance[flow.req_id],
+                    self._page_tokens,
+                    self._pruner.config.pooling,
+                )
+                flow.prompt.note(span, lane.pages, scores)
+
+    def leave(
+        self, span: int, stream: Stream, importance: Mapping[str, Tensor] | None = None
+    ) -> Stream:
+        """The rows that flow on, after a span has run; the others are parked.
+
+        Args:
+            importance: see `note`.
+        """
+        self.note(span, importance or {})
+        self._pruner.counts.rows[span] += len(stream)
+        first, rows = 0, []
+        for flow in self._flows:
+            stop = first + len(flow.positions)
+            kept = self._leave(span, flow, stream.hidden[first:stop])
+            rows.append(first + np.flatnonzero(kept))
+            first = stop
+        for revival in self._in(span):
+            stop = first + len(revival.positions)
+            revival.prompt.run(span, revival.positions)
+            self._park(span, revival.req_id, revival.positions, stream.hidden[first:stop])
+            self._pruner.counts.pages_revived += 1
+            first = stop
+        flowing = np.concatenate(rows)
+        if len(flowing) == len(stream):
+            return stream
+        self._origin = self._origin[flowing]
+        return stream.take(torch.from_numpy(flowing).to(stream.positions.device))
+
+    def wants(self, asked: Collection[Wanted] = ()) -> list[Wanted]:
+        """Pages to ask for once the step has run, the most important first.
+
+        Args:
+            asked: those asked for and not answered; they count against the budget.
+        """
+        if self._pruner.aux is None:
+            return []
+        found = [
+            (-missing.importance, missing.span, order, missing.page, flow.req_id)
+            for order, flow in enumerate(self._flows)
+            if flow.prompt is not None and flow.req_id in self._judged
+            for missing in flow.prompt.missing()
+            if (flow.req_id, missing.span, missing.page) not in asked
+        ]
+        running = {flow.req_id for flow in self._flows}
+        waiting = sum(req_id in running for req_id, _, _ in asked)
+        room = max(self._pruner.config.revive_pages - waiting, 0)
+        return [(req_id, span, page) for _, span, _, page, req_id in sorted(found)[:room]]
+
+    def _revival(self, req_id: str, span: int, page: int) -> _Revival:
+        prompt = self._pruner.prompt(req_id)
+        assert prompt is not None, f"{req_id} is not pruned"
+        prompt.bring_back(span, page)
+        return _Revival(req_id, prompt, span, page)
+
+    def _in(self, span: int) -> list[_Revival]:
+        return [revival for revival in self._revivals if revival.span == span]
+
+    def _leave(self, span: int, flow: _Flow, hidden: Tensor) -> NDArray[np.bool_]:
+        """[num_rows] which of a request's rows flow on."""
+        everything = np.ones(len(flow.positions), dtype=np.bool_)
+        if flow.prompt is None:
+            return everything
+        flow.prompt.run(span, flow.positions)
+        if not flow.prefills or span + 1 == len(self._spans):
+            return everything
+        running = flow.prompt.pages_of(flow.positions)
+        kept_pages = flow.prompt.prune(span + 1, running, flow.piece)
+        gone = np.setdiff1d(running, kept_pages, assume_unique=True)
+        parked = np.isin(flow.positions // self._page_tokens, gone)
+        if len(gone):
+            self._drop(span, flow.req_id, gone)
+            rows = hidden[torch.from_numpy(parked).to(hidden.device)]
+            self._park(span, flow.req_id, flow.positions[parked], rows)
+            flow.positions = flow.positions[~parked]
+        return ~parked
+
+    def _drop(self, span: int, req_id: str, pages: NDArray[np.int64]) -> None:
+        dropped = self.dropped.setdefault(req_id, {})
+        for later in range(span + 1, len(self._spans)):
+            dropped.setdefault(later, []).extend(pages.tolist())
+        self._pruner.counts.pages_parked += len(pages)
+
+    def _park(
+        self, span: int, req_id: str, positions: NDArray[np.int64], rows: Tensor
+    ) -> None:
+        if self._pruner.aux is not None and span + 1 < len(self._spans):
+            layer = self._spans[span + 1].first
+            self._pruner.aux.park(req_id, positions, layer, rows)

@@ -1,0 +1,166 @@
+"""How much of a prompt runs which layers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_accel.errors import ConfigError
+from vllm_accel.lazyllm.config import Keep, LazyConfig
+from vllm_accel.paging import num_pages
+from vllm_accel.spans import (
+    MOST_PADDING_RATIO,
+    Span,
+    check_padding,
+    group_size,
+    padding_ratio,
+    spans_between,
+)
+
+_ROUNDING = 1e-9  # 0.07 * 100 is a little more than 7, and not 8 pages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Spans, and the share of a prompt's pages that each runs."""
+
+    spans: tuple[Span, ...]
+    keep: tuple[float, ...]
+    """Per span; the first runs everything. Never rises."""
+    page_tokens: int
+    """Tokens kept or pruned as one."""
+    sink: int
+    """Tokens at the start that are always kept."""
+    recent: int
+    """Tokens at the end that are always kept."""
+    min_prompt: int
+    """Tokens below which a prompt is left alone."""
+
+    @classmethod
+    def of(cls, config: LazyConfig, *, num_layers: int, block_size: int) -> "Schedule":
+        """The schedule a config means for a model.
+
+        Args:
+            num_layers: decoder layers.
+            block_size: tokens in a KV-cache page.
+
+        Raises:
+            ConfigError: a pruning point is not inside the model, or the spans' lengths
+                waste KV memory.
+        """
+        points = config.prune_after or default_points(num_layers)
+        if points[-1] >= num_layers:
+            raise ConfigError(
+                f"lazyllm.prune_after={points!r} is not inside the model: expected layer "
+                f"counts from 1 to {num_layers - 1} (it has {num_layers} layers); leave it "
+                "out to have them chosen from the depth."
+            )
+        spans = spans_between(points, num_layers)
+        check_padding(spans)
+        return cls(
+            spans=spans,
+            keep=shares(config.keep, len(points)),
+            page_tokens=block_size if config.granularity == "page" else 1,
+            sink=config.sink,
+            recent=config.recent,
+            min_prompt=config.min_prompt,
+        )
+
+    def with_keep(self, keep: Keep) -> "Schedule":
+        """The schedule of a request that asks for other shares."""
+        return replace(self, keep=shares(keep, len(self.spans) - 1))
+
+    def prunes(self, num_tokens: int) -> bool:
+        """Whether a prompt may be pruned, as far as admission can tell.
+
+        Scheduler and workers ask this alike: such a request publishes no page of a span
+        after the first, those of its generated tokens included.
+        """
+        return num_tokens >= self.min_prompt and self.keep[-1] < 1
+
+    def num_kept(self, span: int, pages: int, always: int) -> int:
+        """Pages of so many that run a span, `always` of which are never pruned."""
+        return max(math.ceil(self.keep[span] * pages - _ROUNDING), always)
+
+    def always_kept(self, num_tokens: int, first: int, stop: int) -> NDArray[np.bool_]:
+        """[num_pages] pages that are never pruned while `[first, stop)` is prefilled.
+
+        Beside sink and window: the page of the last token, by whose attention the others
+        are judged, and a page whose first tokens came with the piece before.
+
+        Args:
+            num_tokens: of the prompt.
+            first: token of the piece.
+            stop: end of the piece, at most `num_tokens`.
+        """
+        pages = np.arange(num_pages(num_tokens, self.page_tokens))
+        always = pages < num_pages(self.sink, self.page_tokens)
+        always |= pages >= max(num_tokens - self.recent, 0) // self.page_tokens
+        always |= pages == (stop - 1) // self.page_tokens
+        if first % self.page_tokens:
+            always |= pages == first // self.page_tokens
+        return always
+
+    def most_parked(self, num_tokens: int) -> int:
+        """Tokens of a prompt that can wait in the Aux Cache at once."""
+        pages = num_pages(num_tokens, self.page_tokens)
+        return (pages - self.num_kept(-1, pages, 1)) * self.page_tokens
+
+    def layers_ratio(self) -> float:
+        """Rows times layers of a long prompt's prefill, over a dense one's."""
+        run = sum(
+            len(span) * keep for span, keep in zip(self.spans, self.keep, strict=True)
+        )
+        return run / self.spans[-1].stop
+
+    def pages_ratio(self, num_tokens: int, block_size: int, aux_rows: float) -> float:
+        """Block ids a pruned prompt holds when prefilled, Aux included, over a dense one.
+
+        Args:
+            num_tokens: of the prompt.
+            block_size: tokens in a KV-cache page.
+            aux_rows: parked tokens that one block holds; infinite without an Aux Cache.
+        """
+        pages = num_pages(num_tokens, self.page_tokens)
+        always = int(self.always_kept(num_tokens, 0, num_tokens).sum())
+        groups = [num_pages(len(span), group_size(self.spans)) for span in self.spans]
+        kept = [
+            num_pages(self.num_kept(k, pages, always) * self.page_tokens, block_size)
+            for k in range(len(self.spans))
+        ]
+        held = sum(n * count for n, count in zip(groups, kept, strict=True))
+        held += math.ceil(self.most_parked(num_tokens) / aux_rows)
+        return held / (sum(groups) * num_pages(num_tokens, block_size))
+
+
+def shares(keep: Keep, num_points: int) -> tuple[float, ...]:
+    """The share that runs each span: progressive from 1 where one number is given."""
+    if isinstance(keep, tuple):
+        return (1.0, *keep)
+    return tuple(keep ** (k / num_points) for k in range(num_points + 1))
+
+
+def default_points(num_layers: int) -> tuple[int, ...]:
+    """Two pruning points: spans of a quarter, a quarter and the rest.
+
+    Early ones save more and know less (paper, figure 6). Lengths are moved to where
+    groups of layers waste little memory.
+
+    Raises:
+        ConfigError: there is no layer between two spans.
+    """
+    if num_layers < 3:
+        raise ConfigError(
+            f"lazyllm needs a model of at least 3 layers: got {num_layers}, expected more; "
+            "serve it without lazyllm."
+        )
+    lengths = sorted(
+        range(1, (num_layers - 1) // 2 + 1), key=lambda n: (abs(n - num_layers / 4), n)
+    )
+    return next(points for n in lengths if _wastes_little(points := (n, 2 * n), num_layers))
+
+
+def _wastes_little(points: Sequence[int], num_layers: int) -> bool:
+    return padding_ratio(spans_between(points, num_layers)) <= MOST_PADDING_RATIO

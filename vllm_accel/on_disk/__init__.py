@@ -1,0 +1,1 @@
+"""Checkpoints on disk: where they are, whether they are whole, whose they are."""
