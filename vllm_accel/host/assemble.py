@@ -11,13 +11,14 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_accel.cerberus import checkpoint, location
+from vllm_accel.cerberus import checkpoint
 from vllm_accel.config import CerberusConfig, parse
 from vllm_accel.errors import CheckpointError, ConfigError
 from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import Unlearning, make_gate
 from vllm_accel.host import carrier, compat, metrics, refuse
 from vllm_accel.host.heads import folder_of
+from vllm_accel.on_disk import location
 
 logger = logging.getLogger("vllm.vllm_accel")
 

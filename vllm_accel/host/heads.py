@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_accel.cerberus import location
 from vllm_accel.config import CerberusConfig
+from vllm_accel.on_disk import location
 
 
 def folder_of(config: CerberusConfig, model_config: Any) -> Path:
@@ -14,4 +14,6 @@ def folder_of(config: CerberusConfig, model_config: Any) -> Path:
         CheckpointError: there is no such folder or repository.
     """
     revision = config.revision if config.model else model_config.revision
-    return location.heads_folder(config.model, base=model_config.model, revision=revision)
+    return location.method_folder(
+        "cerberus", config.model, base=model_config.model, revision=revision
+    )

@@ -57,10 +57,11 @@ the frozen model. In mode `verify` it changes how fast the model is served, not 
 says."""
 
 _WHOLE = """\
-{base}, trained on so that it can exit after layer {exit_layer} of {num_layers}: the first
-layers draft, the deep layers check (FREE, arXiv 2310.05424). The exit is in the folder
-`free`. The weights are bfloat16 and not those of {base}: held-out loss of the whole model
-is {deep_loss_before} nats a token before this training and {deep_loss} after."""
+The model {base}, trained further so that it can exit after layer {exit_layer} of
+{num_layers}: the first layers draft, the deep layers check (FREE, arXiv 2310.05424). The
+exit is in the folder `free`. The weights are bfloat16 and not those of {base}: held-out
+loss of the whole model is {deep_loss_before} nats a token before this training and
+{deep_loss} after."""
 
 _EXIT_HELD_OUT = """\
 {held_out_tokens} tokens of the model's own greedy continuations of held-out rows. The

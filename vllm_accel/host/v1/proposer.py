@@ -12,7 +12,7 @@ from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from vllm_accel.cerberus import base_model, checkpoint, location
+from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.drafter import CerberusDrafter, Decoding, StepReport
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.memory import GateMemory
@@ -20,6 +20,7 @@ from vllm_accel.gating.policy import Always, LearningGate, Unlearning, make_gate
 from vllm_accel.host import carrier
 from vllm_accel.host.heads import folder_of
 from vllm_accel.host.report import StepTime
+from vllm_accel.on_disk import base_model, location
 from vllm_accel.speculate import Verdict
 
 logger = logging.getLogger("vllm.vllm_accel")
