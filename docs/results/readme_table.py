@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -18,8 +19,11 @@ def table(file: Path) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     methods.remove("plain")
     link = f"[all figures]({file.relative_to(README.parent)})"
+    asked = dict(pairwise(found["command"]))
+    how = f"temperature {asked.get('--temperature', 0)}"
+    which = "not looping" if rows[0]["prompts"] == "not_looping" else "all prompts"
     lines = [
-        f"**{file.stem}** ({found['date'][:10]}, {link})",
+        f"**{file.stem}** ({how}, {which}, {found['date'][:10]}, {link})",
         "",
         "| batch | " + " | ".join(map(str, sizes)) + " |",
         "|---|" + "---|" * len(sizes),

@@ -206,6 +206,7 @@ def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
         "token_ids": (1 + config.draft_tokens,),
     }
     tensors = files.load_self_test(_KIND, folder, widths)
+    _check_token_ids(folder, tensors["token_ids"], config.vocab_size)
     return SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
 
 

@@ -40,7 +40,8 @@ class StepShape:
     drafted_for: Any = 0
     """Requests the heads ran for at its end."""
     waited: Any = 0
-    """1 if it was scheduled after the end of the one before, not while that one ran."""
+    """1 if it was scheduled after the end of the one before and not while that one ran; 0
+    where there is no choice."""
 
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""

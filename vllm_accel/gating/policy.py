@@ -41,7 +41,7 @@ class LearningGate(Protocol):
         """[num_reqs] True where the heads are to run.
 
         They do not if the engine had already queued the next step; then `lengths` is not
-        called, and the next `admit` but one can draft.
+        called, and `admit` is asked again as soon as a step can draft.
         """
         ...
 

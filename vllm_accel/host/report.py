@@ -29,7 +29,7 @@ class Orders:
     may_draft: bool
     """False if the next step may be on its way already."""
     waited: bool
-    """It was scheduled with no other step on its way."""
+    """It was scheduled with no other step on its way, and need not have been."""
     measured: list[StepTime]
     """Of the steps that ended since the last orders."""
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from vllm_accel.errors import CheckpointError
 
-_EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight")
+_EMBEDDING_NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
 _LM_HEAD_NAMES = ("lm_head.weight", *_EMBEDDING_NAMES)
 
 

@@ -76,6 +76,13 @@ def train(run: TrainingRun) -> dict[str, Any]:
 
 
 def _new_heads(run: TrainingRun, base: Any) -> CerberusHeads:
+    width = base.get_input_embeddings().weight.shape[-1]
+    if width != base.config.hidden_size:
+        raise ConfigError(
+            f"{run.model} has embeddings of width {width} and hidden states of width "
+            f"{base.config.hidden_size}: expected the same; heads for such models are not "
+            "supported, use another model."
+        )
     heads = CerberusHeads(
         draft_tokens=run.draft_tokens,
         blocks=run.blocks,

@@ -55,7 +55,8 @@ class FrozenBaseWithHeads(nn.Module):
         states = self.hidden_states(input_ids)
         asked = self.asked(states, input_ids, labels)
         rows = (asked != IGNORED).any(dim=0)
-        drafted = self.heads(states[rows], self.next_tokens(input_ids)[rows])
+        after = self.next_tokens(input_ids)[rows] if self.heads.reads_token else None
+        drafted = self.heads(states[rows], after)
         losses = [
             HEAD_WEIGHT_DECAY**head * self._loss(head, said, wanted)
             for head, (said, wanted) in enumerate(zip(drafted, asked[:, rows], strict=True))

@@ -29,7 +29,10 @@ def apply() -> None:
 
     @wraps(original)
     def step(self: EngineCore) -> Stepped:
-        if not carrier.is_loaded(self.vllm_config) or not self.scheduler.can_run_ahead:
+        if not carrier.is_loaded(self.vllm_config):
+            return original(self)
+        self.async_scheduling = True  # post_step: drafts have come with the output
+        if not self.scheduler.can_run_ahead:
             return original(self)
         if self.batch_queue is None:
             _make_queue(self)
@@ -55,7 +58,6 @@ def _make_queue(core: EngineCore) -> None:
     """
     core.batch_queue_size = QUEUED
     core.batch_queue = deque(maxlen=QUEUED)
-    core.async_scheduling = True  # post_step: drafts come with the output
 
 
 def _wait(core: EngineCore) -> Stepped:

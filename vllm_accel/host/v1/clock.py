@@ -25,7 +25,7 @@ class StepClock:
 
         Args:
             drafted_for: requests the heads ran for.
-            waited: it was scheduled after the end of the one before.
+            waited: see `StepShape`.
             busy: there is more to do, so that the next step follows at once.
         """
         now = time.perf_counter()

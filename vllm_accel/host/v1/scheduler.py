@@ -74,9 +74,11 @@ class AccelScheduler(AsyncScheduler):
         if self.runs_ahead:
             self._drop_drafts()
         scheduler_output = super().schedule(*args, **kwargs)
-        if scheduler_output.has_structured_output_requests:
-            self._run_ahead.wait()  # a grammar needs the token before anyway
-        orders = Orders(not self.runs_ahead, not self._in_flight, self._measured)
+        grammar = scheduler_output.has_structured_output_requests
+        if grammar:
+            self._run_ahead.wait()  # it needs the token before anyway
+        waited = self.can_run_ahead and not grammar and not self._in_flight
+        orders = Orders(not self.runs_ahead, waited, self._measured)
         attach(scheduler_output, orders)
         self._measured = []
         self._in_flight += 1
