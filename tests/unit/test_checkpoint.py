@@ -141,6 +141,16 @@ DAMAGE = {
         lambda f: save_file({"x": torch.zeros(1)}, f / "self_test.safetensors"),
         "expected hidden_states and token_ids",
     ),
+    "self-test of another vocabulary": (
+        lambda f: save_file(
+            {
+                "hidden_states": torch.zeros(1, 64),
+                "token_ids": torch.full((1, 5), 10**6, dtype=torch.int32),
+            },
+            f / "self_test.safetensors",
+        ),
+        "token_ids of the self-test go from 1000000 to 1000000",
+    ),
     "heads that lost their skill": (
         lambda f: edit_config(f, accepted_per_step=15.0),
         "fail their self-test",

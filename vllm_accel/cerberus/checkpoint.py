@@ -118,7 +118,8 @@ def load(folder: Path) -> tuple[HeadsConfig, CerberusHeads]:
     with torch.device("meta"):  # shapes only, until they are known to be right
         heads = empty_heads(config)
     files.check_state(_KIND, folder, heads.state_dict(), state, ("draft_token_ids",))
-    _check_token_ids(folder, state.get("draft_token_ids"), config.vocab_size)
+    drafted = f"{folder / files.WEIGHTS}: draft_token_ids"
+    _check_token_ids(drafted, state.get("draft_token_ids"), config.vocab_size)
     heads.load_state_dict(state, assign=True)
     return config, heads.requires_grad_(False)
 
@@ -206,7 +207,8 @@ def _load_self_test(folder: Path, config: HeadsConfig) -> SelfTest:
         "token_ids": (1 + config.draft_tokens,),
     }
     tensors = files.load_self_test(_KIND, folder, widths)
-    _check_token_ids(folder, tensors["token_ids"], config.vocab_size)
+    said = f"{folder}: token_ids of the self-test"
+    _check_token_ids(said, tensors["token_ids"], config.vocab_size)
     return SelfTest(tensors["hidden_states"].float(), tensors["token_ids"])
 
 
@@ -225,12 +227,12 @@ def _checked_config(file: Path, values: Any) -> HeadsConfig:
     return HeadsConfig(**values)
 
 
-def _check_token_ids(folder: Path, ids: Tensor | None, vocab_size: int) -> None:
+def _check_token_ids(what: str, ids: Tensor | None, vocab_size: int) -> None:
     if ids is None:
         return
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise CheckpointError(
-            f"{folder}/model.safetensors: draft_token_ids go from {int(ids.min())} to "
+            f"{what} go from {int(ids.min())} to "
             f"{int(ids.max())}: expected ids of a vocabulary of {vocab_size}; copy the "
             "heads again."
         )
