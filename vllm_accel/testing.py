@@ -47,6 +47,21 @@ class CoinGate:
         return [random.SystemRandom().random() < 0.5 for _ in range(len(signals))]
 
 
+class StretchGate:
+    """Open for some steps, closed for some: the engine runs ahead and is called back."""
+
+    reason = "stretch"
+    _LENGTH = 8
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def admit(self, signals: Signals) -> list[bool]:
+        """[num_reqs] all True or all False."""
+        self._asked += 1
+        return [self._asked // self._LENGTH % 2 == 1] * len(signals)
+
+
 class RecordingGoodput(Goodput):
     """The gate `goodput` that writes what it is told and decides to `ACCEL_RECORD`.
 

@@ -55,9 +55,14 @@ def printed(run_python):
 
 @pytest.fixture(scope="session")
 def generate(tmp_path_factory, run_python):
-    """generate(engine_arguments, batches, env={}) -> {"batches", "metrics"}."""
+    """generate(engine_arguments, batches, ...) -> {"batches", "metrics"}.
 
-    def run(engine, batches, env=None):
+    With `processes` the worker has one of its own, as by default outside of tests, and
+    steps may be queued ahead.
+    """
+
+    def run(engine, batches, env=None, *, processes=False):
+        env = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **(env or {})}
         result = tmp_path_factory.mktemp("engine") / "result.json"
         defaults = {
             "max_model_len": 512,

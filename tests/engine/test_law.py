@@ -12,8 +12,6 @@ GATES = {
     "random": {"gate": "vllm_accel.testing:RandomGate"},
 }
 
-# Elsewhere tests start engines in one process, where no step is queued ahead.
-PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 AHEAD = "vllm:accel_gate_decisions|reason=ahead|state=closed"
 
 ROOMY = {"enable_prefix_caching": False, "max_num_batched_tokens": 2048}
@@ -52,32 +50,42 @@ def plain(generate, reference_model, reference_prompts):
     """Plain vLLM's answers, once per dtype and engine."""
     known = {}
 
-    def answers(dtype, name, engine, env):
+    def answers(dtype, name, engine, processes):
         if (dtype, name) not in known:
             arguments = {"model": reference_model, "dtype": dtype, **engine}
             batches = law_batches(reference_prompts)
-            known[dtype, name] = generate(arguments, batches, env)
+            known[dtype, name] = generate(arguments, batches, processes=processes)
         return known[dtype, name]
 
     return answers
 
 
 CASES = [
-    *(("bfloat16", "roomy", ROOMY, {}, gate) for gate in GATES),
-    *(("bfloat16", "tight", TIGHT, PROCESSES, gate) for gate in GATES),
-    *(("float32", "tight", TIGHT, {}, gate) for gate in ("goodput", "random")),
+    *(("bfloat16", "roomy", ROOMY, False, gate) for gate in GATES),
+    *(("bfloat16", "tight", TIGHT, True, gate) for gate in GATES),
+    *(("float32", "tight", TIGHT, False, gate) for gate in ("goodput", "random")),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "name", "engine", "env", "gate"), CASES)
+@pytest.mark.parametrize(("dtype", "name", "engine", "processes", "gate"), CASES)
 def test_greedy_tokens_are_plain_vllms(
-    plain, generate, reference_model, reference_prompts, dtype, name, engine, env, gate
+    plain,
+    generate,
+    reference_model,
+    reference_prompts,
+    dtype,
+    name,
+    engine,
+    processes,
+    gate,
 ):
-    expected = plain(dtype, name, engine, env)
+    expected = plain(dtype, name, engine, processes)
     cerberus = {"method": "cerberus", **GATES[gate]}
     arguments = {"model": reference_model, "dtype": dtype, **engine}
     found = generate(
-        arguments | {"speculative_config": cerberus}, law_batches(reference_prompts), env
+        arguments | {"speculative_config": cerberus},
+        law_batches(reference_prompts),
+        processes=processes,
     )
     assert tokens(found) == tokens(expected)
     if name == "tight":
@@ -91,6 +99,6 @@ def test_greedy_tokens_are_plain_vllms(
         for state in ("open", "closed")
     )
     assert (opened > 0) == (gate != "never")
-    if env:
+    if processes:
         assert (found["metrics"].get(AHEAD, 0) > 0) == (gate != "never")
     assert (closed > 0) == (gate != "always")

@@ -50,11 +50,13 @@ def test_sampled_tokens_follow_the_targets_distribution(generate, repetitive):
         "speculative_config": {
             "method": "cerberus",
             "model": str(heads),
-            "gate": "vllm_accel.testing:RandomGate",
+            "gate": "vllm_accel.testing:StretchGate",
         },
     }
     batch = {"prompts": [PROMPT] * SAMPLES, "sampling": [sampling] * SAMPLES}
-    result = generate(engine, [batch])
+    result = generate(engine, [batch], processes=True)
+    ahead = "vllm:accel_gate_decisions|reason=ahead|state=closed"
+    assert result["metrics"][ahead] > 0
     assert result["metrics"]["vllm:accel_accepted_tokens"] > SAMPLES / 20
     weights = VOCAB ** np.arange(TOKENS)[::-1]
     drawn = [int(np.dot(r["token_ids"], weights)) for r in result["batches"][0]]

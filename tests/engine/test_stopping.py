@@ -29,9 +29,10 @@ def batches(prompts):
 @pytest.fixture(scope="module")
 def answers(generate, reference_model, reference_prompts):
     """(plain's, ours)."""
-    cerberus = {"method": "cerberus", "gate": "always"}
+    cerberus = {"method": "cerberus", "gate": "vllm_accel.testing:StretchGate"}
+    asked = batches(reference_prompts)
     return [
-        generate({"model": reference_model, **extra}, batches(reference_prompts))
+        generate({"model": reference_model, **extra}, asked, processes=True)
         for extra in ({}, {"speculative_config": cerberus})
     ]
 
@@ -49,3 +50,8 @@ def test_some_of_them_end_inside_an_accepted_draft(answers):
     metrics = answers[1]["metrics"]
     verified = metrics["vllm:accel_request_steps"] + metrics["vllm:accel_accepted_tokens"]
     assert verified > metrics["vllm:accel_output_tokens"]
+
+
+def test_some_of_their_steps_are_queued_ahead(answers):
+    ahead = "vllm:accel_gate_decisions|reason=ahead|state=closed"
+    assert answers[1]["metrics"][ahead] > 0
