@@ -1,5 +1,6 @@
 """Held-out figures of heads: how often they are right, and what a gate could use."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -65,27 +66,30 @@ def continued(model: WithBase, rows: list[Row]) -> list[Row]:
     longest = max(map(len, texts), default=0)
     length = max(1, min(_PROMPT_TOKENS, longest // 2))
     prompts = [ids[:length] for ids in texts if len(ids) >= length]
-    for first in range(0, len(prompts), _ROWS_AT_ONCE):
-        batch = prompts[first : first + _ROWS_AT_ONCE]
-        said += _greedy(model.base, batch)
+    for prompt, own in zip(prompts, greedy(model.base, prompts), strict=True):
+        said.append(asked(prompt, without_loop(own)))
     return said
 
 
-def _greedy(base: Any, prompts: list[list[int]]) -> list[Row]:
-    ids = torch.tensor(prompts, device=base.device)
-    tokens = base.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=_CONTINUATION_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    rows = []
-    for whole in tokens.tolist():
-        kept = without_loop(whole[ids.shape[1] :])
-        labels = [IGNORED] * ids.shape[1] + kept
-        rows.append({"input_ids": whole[: len(labels)], "labels": labels})
-    return rows
+def asked(prompt: list[int], continuation: list[int]) -> Row:
+    """A row whose targets are the continuation."""
+    labels = [IGNORED] * len(prompt) + continuation
+    return {"input_ids": prompt + continuation, "labels": labels}
+
+
+@torch.no_grad()
+def greedy(base: Any, prompts: list[list[int]]) -> Iterator[list[int]]:
+    """The base's own next 128 tokens after each prompt; prompts are of one length."""
+    for first in range(0, len(prompts), _ROWS_AT_ONCE):
+        ids = torch.tensor(prompts[first : first + _ROWS_AT_ONCE], device=base.device)
+        tokens = base.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_CONTINUATION_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        yield from tokens[:, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()
