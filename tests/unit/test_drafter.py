@@ -34,11 +34,11 @@ def make(gate, draft_tokens=3, reads_token=False):
         draft_tokens=draft_tokens, blocks=2, hidden_size=HIDDEN, reads_token=reads_token
     )
     drafter = CerberusDrafter(heads, embed, lm_head, Unlearning(gate))
-    return drafter, lm_head
+    return drafter, lm_head, heads
 
 
 def run(gate, rows, room, scale=1.0, may_draft=True):
-    drafter, lm_head = make(gate)
+    drafter, lm_head, _ = make(gate)
     hidden = torch.randn(max(rows) + 1, HIDDEN)
     logits = lm_head(hidden) * scale
     lm_head.rows = 0
@@ -90,7 +90,7 @@ def test_a_gate_that_wants_drafts_is_not_asked_again_until_it_can_have_them():
             return [self.asked != 2] * len(signals)
 
     gate = Once()
-    drafter, lm_head = make(gate)
+    drafter, lm_head, _ = make(gate)
     hidden = torch.randn(1, HIDDEN)
 
     def step(may_draft):
@@ -128,7 +128,7 @@ def test_the_heads_run_for_whom_the_first_rank_says():
     heads = CerberusHeads(draft_tokens=3, blocks=2, hidden_size=HIDDEN)
     lm_head = CountingLMHead()
     drafter = CerberusDrafter(
-        heads, embed, lm_head, Unlearning(Never()), lambda decide: [1]
+        heads, embed, lm_head, Unlearning(Never()), share=lambda decide: [1]
     )
     hidden = torch.randn(2, HIDDEN)
     requests = Decoding(["a", "b"], [0, 1], [0, 0], [9, 9])
@@ -137,10 +137,10 @@ def test_the_heads_run_for_whom_the_first_rank_says():
 
 
 def test_heads_that_read_tokens_are_given_the_one_chosen():
-    drafter, lm_head = make(Always(), reads_token=True)
+    drafter, lm_head, heads = make(Always(), reads_token=True)
     says_1_after_0_and_3_after_6 = torch.zeros(HIDDEN, HIDDEN)
     says_1_after_0_and_3_after_6[:, [0, 6]] = lm_head.matrix[[1, 3]].T
-    drafter._heads.token_weight.data = says_1_after_0_and_3_after_6
+    heads.token_weight.data = says_1_after_0_and_3_after_6
     hidden = torch.zeros(2, HIDDEN)
     requests = Decoding(["a", "b"], [0, 1], [0, 6], [9, 9])
     drafts = drafter.draft(requests, hidden, lm_head(hidden), StepReport())

@@ -42,8 +42,8 @@ class Engine:
         admitted = self.gate.admit(Signals(torch.zeros(num_reqs, 8), range(num_reqs), ids))
         opened = [i for i, yes in zip(ids, admitted, strict=True) if yes]
         if opened:
-            logits = torch.zeros(DRAFT_TOKENS, len(opened), 8)
-            lengths = self.gate.lengths(DraftSignals(logits, logits[..., 0]))
+            sure = torch.full((DRAFT_TOKENS, len(opened)), 1 / 8)
+            lengths = self.gate.lengths(DraftSignals(sure))
             self.drafts.update(zip(opened, lengths, strict=True))
         shape = StepShape(num_reqs + verified, num_reqs, 0, len(opened))
         taken = seconds(shape) * self.rng.lognormal(0, 0.03)

@@ -8,14 +8,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.policy import LearningGate
-from vllm_accel.gating.signals import DraftSignals, Signals
+from vllm_accel.gating.signals import DraftSignals, Signals, confidence
 from vllm_accel.speculate import Verdict
+
+Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""`choices` of some heads."""
 
 NO_ROOM = "no_room"
 AHEAD = "ahead"
@@ -74,6 +78,8 @@ class CerberusDrafter:
         lm_head: hidden states [n, hidden_size] -> logits [n, tokens that can be drafted],
             the target's own.
         gate: decides per request.
+        compiled: makes a faster function of the one from states to drafts, which is plain
+            torch.
         share: under tensor parallelism, makes every rank go by what rank 0 decides. Called
             on every step with what decides; the heads' products may wait for all ranks.
     """
@@ -84,15 +90,22 @@ class CerberusDrafter:
         embed: Callable[[Tensor], Tensor],
         lm_head: Callable[[Tensor], Tensor],
         gate: LearningGate,
+        *,
+        compiled: Callable[[Choose], Choose] = lambda choose: choose,
         share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
     ) -> None:
-        self._heads = heads
+        self._reads_token = heads.reads_token
         self._embed = embed
-        self._lm_head = lm_head
+        self._choose = compiled(partial(choices, heads, lm_head))
         self._gate = gate
         self._share = share
         self._is_due = False
         """The gate wants drafts; the steps until it can have them are on their way."""
+
+    def warm_up(self, hidden_states: Tensor) -> None:
+        """Runs the heads on states [num_reqs, hidden_size], their drafts for nobody."""
+        none = torch.zeros(len(hidden_states), dtype=torch.int64)
+        self._choices(hidden_states, none.to(hidden_states.device))
 
     def draft(
         self,
@@ -152,14 +165,29 @@ class CerberusDrafter:
         """Per open request, as many tokens as the gate wants verified."""
         device = hidden_states.device
         rows = torch.tensor([requests.rows[i] for i in open_], device=device)
-        embeddings = None
-        if self._heads.reads_token:
-            chosen = [requests.next_tokens[i] for i in open_]
-            embeddings = self._embed(torch.tensor(chosen, device=device))
-        states = self._heads(hidden_states[rows], embeddings)
-        logits = self._heads.logits(states, self._lm_head)
-        # On CPU max() finds the place several times faster than argmax().
-        best = logits.max(dim=-1)
-        lengths = self._gate.lengths(DraftSignals(logits, best.values))
-        token_ids: list[list[int]] = self._heads.token_ids(best.indices).T.tolist()
-        return [ids[:n] for ids, n in zip(token_ids, lengths, strict=True)]
+        chosen = torch.tensor([requests.next_tokens[i] for i in open_], device=device)
+        token_ids, sure = self._choices(hidden_states[rows], chosen)
+        lengths = self._gate.lengths(DraftSignals(sure))
+        drafts: list[list[int]] = token_ids.T.tolist()
+        return [ids[:n] for ids, n in zip(drafts, lengths, strict=True)]
+
+    def _choices(self, hidden_states: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self._embed(chosen) if self._reads_token else None
+        return self._choose(hidden_states, embeddings)
+
+
+def choices(
+    heads: CerberusHeads,
+    lm_head: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,  # [num_reqs, hidden_size]
+    embeddings: Tensor | None,  # [num_reqs, hidden_size] of the tokens chosen there
+) -> tuple[Tensor, Tensor]:
+    """Each head's first choice and how sure of it: token ids and float32.
+
+    Returns:
+        [draft_tokens, num_reqs] each.
+    """
+    logits = heads.logits(heads(hidden_states, embeddings), lm_head)
+    # On CPU max() finds the place several times faster than argmax().
+    best = logits.max(dim=-1)
+    return heads.token_ids(best.indices), confidence(logits, best.values)

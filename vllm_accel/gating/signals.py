@@ -1,6 +1,7 @@
 """What a gate may look at, computed only when it does."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -81,22 +82,17 @@ class Signals:
         return entropy(self._logits[torch.tensor(self._rows, device=self._logits.device)])
 
 
+@dataclass(frozen=True, slots=True)
 class DraftSignals:
     """The signals of drafts just made, for the requests whose heads ran."""
 
-    def __init__(
-        self,
-        logits: Tensor,  # [draft_tokens, num_reqs, tokens] of the heads
-        best: Tensor,  # [draft_tokens, num_reqs] the largest of them
-    ) -> None:
-        self._logits = logits
-        self._best = best
-        self.draft_tokens = len(logits)
+    confidence: Tensor
+    """[draft_tokens, num_reqs] float32: what each head gives its first choice."""
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens drafted for each request."""
+        return len(self.confidence)
 
     def __len__(self) -> int:
-        return int(self._logits.shape[1])
-
-    @cached_property
-    def confidence(self) -> Tensor:
-        """[draft_tokens, num_reqs] float32: what each head gives its first choice."""
-        return confidence(self._logits, self._best)
+        return int(self.confidence.shape[1])

@@ -13,11 +13,12 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_accel.cerberus import checkpoint
-from vllm_accel.cerberus.drafter import CerberusDrafter, Decoding, StepReport
+from vllm_accel.cerberus.drafter import CerberusDrafter, Choose, Decoding, StepReport
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import Always, LearningGate, Unlearning, make_gate
 from vllm_accel.host import carrier
+from vllm_accel.host.compiled import compiled
 from vllm_accel.host.heads import folder_of
 from vllm_accel.host.report import StepTime
 from vllm_accel.on_disk import base_model, location
@@ -25,12 +26,16 @@ from vllm_accel.speculate import Verdict
 
 logger = logging.getLogger("vllm.vllm_accel")
 
+_MANY = 32
+"""Requests compiled code is made for; it serves any other number as well."""
+
 
 class CerberusProposer:
     """Loads the heads; drafts when the runner hands it the target's hidden states."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._config = carrier.unloaded(vllm_config)
+        self._vllm_config = vllm_config
         self._model_config = vllm_config.model_config
         file = self._config.gate_state
         first = not vllm_config.parallel_config.data_parallel_index
@@ -46,13 +51,16 @@ class CerberusProposer:
         heads.to(dtype=self._model_config.dtype, device=next(target.parameters()).device)
         heads.lay_out_for_inference()
         self._gate = self._make_gate(heads.draft_tokens)
+        lm_head = self._lm_head(heads, target)
         self._drafter = CerberusDrafter(
             heads,
             target.embed_input_ids,
-            self._lm_head(heads, target),
+            lm_head,
             self._gate,
-            decided_by_first_rank,
+            compiled=self._compiled if lm_head != target.compute_logits else _as_it_is,
+            share=decided_by_first_rank,
         )
+        self._warm_up(heads)
         logger.info("cerberus heads loaded from %s", folder)
 
     def _make_gate(self, draft_tokens: int) -> LearningGate:
@@ -84,6 +92,17 @@ class CerberusProposer:
         rows = heads.draftable_rows(base_model.lm_head_weight(folder))
         return partial(functional.linear, weight=rows.to(heads.weights[0]))
 
+    def _compiled(self, choose: Choose) -> Choose:
+        return compiled(choose, self._vllm_config)
+
+    @torch.inference_mode()
+    def _warm_up(self, heads: CerberusHeads) -> None:
+        """Compiles for one request, and for any number, before the first one comes."""
+        most = self._vllm_config.scheduler_config.max_num_seqs
+        for num_reqs in (1, min(most, _MANY)):
+            states = heads.weights[0].new_zeros(num_reqs, heads.weights[0].shape[-1])
+            self._drafter.warm_up(states)
+
     def start_step(self, measured: list[StepTime], req_ids: Container[str]) -> None:
         """Tells the gate how long steps took and which requests still live."""
         for step in measured:
@@ -109,6 +128,11 @@ class CerberusProposer:
         """See `CerberusDrafter.draft`; our runner calls this, vLLM's never does."""
         drafter: Any = self._drafter
         return drafter.draft(requests, hidden_states, logits, report, may_draft=may_draft)
+
+
+def _as_it_is(choose: Choose) -> Choose:
+    """For the target's own LM head, whose ranks talk to each other."""
+    return choose
 
 
 def decided_by_first_rank(decide: Callable[[], list[int]]) -> list[int]:
