@@ -22,7 +22,7 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/pip install '$(CPU_TORCH)' || \
 	  $(BIN)/pip install '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX)
 endif
-	$(BIN)/pip install -e '.[$(EXTRA),train,bench,dev]'
+	$(BIN)/pip install -e '.[$(EXTRA),train,bench,ray,dev]'
 	$(BIN)/vllm-accel doctor --fix
 	touch $@
 
@@ -39,8 +39,6 @@ test: setup
 	$(BIN)/pytest tests
 
 test-distributed: setup  # two ranks, replicas on Ray; half an hour, not part of `test`
-	$(BIN)/pip install -e '.[ray]'
-	$(BIN)/pytest tests/unit/test_ray_*.py
 	$(BIN)/pytest tests/distributed -m distributed
 
 demo: setup

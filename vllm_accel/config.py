@@ -6,12 +6,11 @@ nothing that changes from run to run: vLLM hashes it into its compile-cache key.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_accel.errors import ConfigError
+from vllm_accel.errors import ConfigError, refuse_unknown_keys
 
 METHODS = ("cerberus",)
 """Methods this version can run."""
@@ -95,14 +94,7 @@ class CerberusConfig:
             ConfigError: a key is unknown or a value is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ConfigError(
-                    f"Unknown key {key!r} for method 'cerberus': "
-                    f"expected one of {', '.join(known)}{hint}"
-                )
+        refuse_unknown_keys(settings, known, "for method 'cerberus'")
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vllm_accel.config import MAX_DRAFT_TOKENS
 from vllm_accel.errors import AccelError, ConfigError
+from vllm_accel.options import not_negative, positive, whole
 
 if TYPE_CHECKING:
     from vllm_accel.training.cerberus import TrainingRun
@@ -170,7 +170,7 @@ def _add_free(methods: "_Commands") -> None:
     add(
         "--exit-layer",
         required=True,
-        type=_whole(1),
+        type=whole(1),
         metavar="L",
         help="layers before the exit; a quarter to a third of the model's is a good start",
     )
@@ -203,7 +203,7 @@ def _add_free(methods: "_Commands") -> None:
     _add_numbers(parser, _FREE_NUMBERS + [n for n in _NUMBERS if n[0] != "--learning-rate"])
     add(
         "--learning-rate",
-        type=_positive,
+        type=positive,
         default=0.0,
         metavar="N",
         help="AdamW's, at its peak; default 1e-4, with --freeze-base 1e-3",
@@ -226,7 +226,7 @@ def _add_files(parser: argparse.ArgumentParser, *, output: str) -> None:
     add(
         "--self-generate",
         nargs="?",
-        type=_whole(2),
+        type=whole(2),
         const=4096,
         metavar="ROWS",
         help="first continue windows of the data with the model itself, through vLLM, and "
@@ -249,52 +249,30 @@ def _add_numbers(parser: argparse.ArgumentParser, numbers: list[_Number]) -> Non
         )
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers, the ends of the range included."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least or (most is not None and value > most):
-            allowed = f"{least}..{most}" if most else f"{least} or more"
-            raise argparse.ArgumentTypeError(f"{value} is out of range: expected {allowed}")
-        return value
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: expected more than 0")
-    return value
-
-
-def _weight(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: expected 0 or more")
-    return value
-
-
 _NUMBERS: list[_Number] = [
-    ("--epochs", _positive, 1.0, "passes over the data"),
-    ("--learning-rate", _positive, 1e-3, "AdamW's, at its peak"),
-    ("--batch-size", _whole(1), 8, "rows per step and device"),
-    ("--row-tokens", _whole(2), 512, "most tokens of a row"),
-    ("--held-out-rows", _whole(1), 64, "rows kept to measure on, a tenth at most"),
-    ("--save-steps", _whole(1), 200, "steps between checkpoints"),
-    ("--seed", _whole(0), 0, "of shuffling and training"),
+    ("--epochs", positive, 1.0, "passes over the data"),
+    ("--learning-rate", positive, 1e-3, "AdamW's, at its peak"),
+    ("--batch-size", whole(1), 8, "rows per step and device"),
+    ("--row-tokens", whole(2), 512, "most tokens of a row"),
+    ("--held-out-rows", whole(1), 64, "rows kept to measure on, a tenth at most"),
+    ("--save-steps", whole(1), 200, "steps between checkpoints"),
+    ("--seed", whole(0), 0, "of shuffling and training"),
 ]
 """Option, type, default and help; the defaults are the runs' own, a test says so."""
 
 _CERBERUS_NUMBERS: list[_Number] = [
-    ("--draft-tokens", _whole(1, MAX_DRAFT_TOKENS), 4, "heads, one per drafted token"),
-    ("--blocks", _whole(1, 8), 2, "residual blocks per head"),
-    ("--draft-vocab", _whole(0), 0, "draft the N most frequent tokens only; 0: all"),
-    ("--draft-cost", _positive, 0.35, "extra time of a drafting step, in plain steps"),
+    ("--draft-tokens", whole(1, MAX_DRAFT_TOKENS), 4, "heads, one per drafted token"),
+    ("--blocks", whole(1, 8), 2, "residual blocks per head"),
+    ("--draft-vocab", whole(0), 0, "draft the N most frequent tokens only; 0: all"),
+    ("--draft-cost", positive, 0.35, "extra time of a drafting step, in plain steps"),
 ]
 
 _FREE_NUMBERS: list[_Number] = [
-    ("--kd-weight", _weight, 0.5, "alpha, what distillation counts beside cross-entropy"),
-    ("--adapter-width", _whole(1, 2**16), 256, "numbers in the adapter's middle"),
+    (
+        "--kd-weight",
+        not_negative,
+        0.5,
+        "alpha, what distillation counts beside cross-entropy",
+    ),
+    ("--adapter-width", whole(1, 2**16), 256, "numbers in the adapter's middle"),
 ]

@@ -134,6 +134,20 @@ def test_one_batch_size_is_enough_for_a_picture(tmp_path):
     assert Page(text).found.count("svg") == 2
 
 
+def test_the_legend_covers_no_figure_and_fits():
+    figures = pytest.importorskip("vllm_accel.bench.figures")
+    methods = ("plain", "cerberus", "medusa", "ngram", "suffix", "free", "plain_again")
+    rows = [decode_row(m, size, "not_looping", 1.2) for size in SIZES for m in methods]
+    for chart in figures.charts({"rows": rows}):
+        figure = figures.drawn(chart)
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y1 < axes.xaxis.label.get_window_extent().y0
+        assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= legend.y0
+
+
 def test_the_table_has_columns_of_equal_width(decode_file):
     lines = table.as_text(results.load(decode_file)).splitlines()
     assert len(lines) == 1 + 12

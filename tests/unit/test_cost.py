@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_accel import ConfigError
+from vllm_accel.gating import cost as step_cost
 from vllm_accel.gating.cost import StepCost, StepShape
 
 
@@ -80,3 +81,36 @@ def test_what_was_learnt_survives_json():
 def test_a_foreign_state_is_refused(state):
     with pytest.raises(ConfigError, match="saved step cost"):
         StepCost().load_state_dict(state)
+
+
+PLAIN, DRAFTED = StepShape(1, 1), StepShape(5, 1, 0, 1)
+
+
+def only(shape, seconds):
+    """What is learnt where all steps are alike."""
+    cost = StepCost()
+    for _ in range(64):
+        cost.observe(shape, seconds)
+    return cost.state_dict()
+
+
+def test_what_two_learnt_apart_is_known_together():
+    plain, drafted = only(PLAIN, 0.004), only(DRAFTED, 0.006)
+    both = StepCost()
+    both.load_state_dict(step_cost.merge([plain, drafted]))
+    assert both.seconds(PLAIN)[0] == pytest.approx(0.004, rel=0.05)
+    assert both.seconds(DRAFTED)[0] == pytest.approx(0.006, rel=0.05)
+    assert both.steps == plain["steps"]
+
+
+def test_merging_again_makes_nobody_surer():
+    state = only(PLAIN, 0.004)
+    again = step_cost.merge([state, state, state])
+    np.testing.assert_allclose(again["information"], state["information"])
+
+
+def test_costs_of_other_versions_do_not_merge():
+    state = only(PLAIN, 0.004)
+    other = {**state, "prices": [0.1], "information": [[1.0]]}
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        step_cost.merge([state, other])

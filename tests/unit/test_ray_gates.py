@@ -12,29 +12,12 @@ pytest.importorskip("ray")
 
 from ray.exceptions import RaySystemError
 
-from vllm_accel import ConfigError
-from vllm_accel.gating.cost import StepCost, StepShape
+from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.ray import gate_sharing
 from vllm_accel.ray.gate_sharing import GateBoard, SharedGate, board_key, merged
 
-PLAIN, DRAFTED = StepShape(1, 1), StepShape(5, 1, 0, 1)
-
-
-def cost(plain=None, drafted=None, steps=64):
-    learnt = StepCost()
-    for _ in range(steps):
-        if plain:
-            learnt.observe(PLAIN, plain)
-        if drafted:
-            learnt.observe(DRAFTED, drafted)
-    return learnt
-
-
-def restored(state):
-    fresh = StepCost()
-    fresh.load_state_dict(state)
-    return fresh
+PLAIN = StepShape(1, 1)
 
 
 def gate(plain):
@@ -59,27 +42,6 @@ def test_a_merged_state_starts_a_gate():
     new.load_state_dict(json.loads(json.dumps(merged([gate(0.004), gate(0.006)]))))
     (seconds,) = new.cost.seconds(PLAIN)
     assert 0.0039 < seconds < 0.0061
-
-
-def test_what_two_learnt_apart_is_known_together():
-    plain, drafted = cost(plain=0.004), cost(drafted=0.006)
-    both = restored(gate_sharing.merged_cost([plain.state_dict(), drafted.state_dict()]))
-    assert both.seconds(PLAIN)[0] == pytest.approx(0.004, rel=0.05)
-    assert both.seconds(DRAFTED)[0] == pytest.approx(0.006, rel=0.05)
-    assert both.steps == plain.steps
-
-
-def test_merging_again_makes_nobody_surer():
-    state = cost(plain=0.004).state_dict()
-    again = gate_sharing.merged_cost([state, state, state])
-    np.testing.assert_allclose(again["information"], state["information"])
-
-
-def test_costs_of_other_versions_do_not_merge():
-    state = cost(plain=0.004).state_dict()
-    other = {**state, "prices": [0.1], "information": [[1.0]]}
-    with pytest.raises(ConfigError, match="cannot be merged"):
-        gate_sharing.merged_cost([state, other])
 
 
 def test_a_state_of_another_make_drops_out():

@@ -3,14 +3,14 @@
 import ast
 import importlib.util
 import re
-from pathlib import Path
 
 import ledger  # patches/ is on pytest's path
+import ledger_laws
 import pytest
+from ledger_laws import ROOT
 
 from vllm_accel.ray import extra
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "vllm_accel" / "ray"
 FILE = ROOT / "patches" / "ray.toml"
 TOUCHES = ledger.load(FILE)
@@ -20,38 +20,29 @@ installed = pytest.mark.skipif(
 )
 
 
-def by_id(value):
-    return getattr(value, "id", None)
-
-
 @installed
-@pytest.mark.parametrize("touch", TOUCHES, ids=by_id)
+@pytest.mark.parametrize("touch", TOUCHES, ids=ledger_laws.by_id)
 def test_the_target_is_as_it_was_when_we_read_it(touch):
-    assert ledger.fingerprint(touch.target) == touch.fingerprint, touch.why
+    ledger_laws.check_target(touch)
 
 
 @installed
 def test_check_passes(capsys):
-    assert ledger.check(FILE) == 0
-    assert f"{len(TOUCHES)} touches, 0 not as written" in capsys.readouterr().out
+    ledger_laws.check_passes(FILE, TOUCHES, capsys)
 
 
-@pytest.mark.parametrize("touch", TOUCHES, ids=by_id)
+@pytest.mark.parametrize("touch", TOUCHES, ids=ledger_laws.by_id)
 def test_our_side_of_a_touch_exists(touch):
-    file, _, symbol = touch.where.partition(":")
-    assert ledger.defined_in(ROOT / file, symbol)
+    ledger_laws.check_our_side(touch)
 
 
 def test_every_entry_says_what_it_must():
-    ids = [touch.id for touch in TOUCHES]
-    assert len(set(ids)) == len(ids)
+    kinds = {"RO": "override", "RS": "seam"}
+    processes = ("main", "ingress", "replica", "batch", "every")
+    ledger_laws.check_entries(TOUCHES, kinds, processes)
     for touch in TOUCHES:
-        assert touch.kind == {"RO": "override", "RS": "seam"}[touch.id[:2]]
-        assert touch.process in ("main", "ingress", "replica", "batch", "every")
         ray = touch.target.startswith("ray.")
         assert touch.versions == (extra.SUPPORTED if ray else "0.32")
-        assert touch.why
-        assert touch.remove_when
 
 
 def test_the_extra_pins_what_was_read():

@@ -5,15 +5,15 @@ Nothing heavy is imported before a command runs, so that help is quick.
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_accel.errors import AccelError, ConfigError
+from vllm_accel.options import json_object, not_negative, whole
 
 if TYPE_CHECKING:
     from vllm_accel.bench.decode import DecodePlan
@@ -248,7 +248,7 @@ def _add_decode(kinds: "_Commands") -> None:
     add("--medusa", type=Path, help="folder of the heads; default: in or beside the model")
     add(
         "--cerberus",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='more settings for cerberus, such as {"gate": "always"}',
@@ -260,11 +260,11 @@ def _add_decode(kinds: "_Commands") -> None:
         metavar="N,...",
         help="requests asked at once; default 1,2,4,8,16,32,64",
     )
-    add("--max-tokens", type=_whole(2), default=128, help="of every answer; default 128")
-    add("--temperature", type=_not_negative, default=0.0, help="default 0: greedy")
+    add("--max-tokens", type=whole(2), default=128, help="of every answer; default 128")
+    add("--temperature", type=not_negative, default=0.0, help="default 0: greedy")
     add(
         "--num-prompts",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="per round; default: the batch size, at least 12, in whole batches",
     )
@@ -275,7 +275,7 @@ def _add_decode(kinds: "_Commands") -> None:
         help="not_looping leaves out prompts whose plain answer goes round in circles, "
         "which flatters drafting; default not_looping,all",
     )
-    add("--max-model-len", type=_whole(1), default=1024, help="default 1024")
+    add("--max-model-len", type=whole(1), default=1024, help="default 1024")
     parser.set_defaults(run=_decode)
 
 
@@ -303,11 +303,11 @@ def _add_prefill(kinds: "_Commands") -> None:
     )
     add(
         "--questions",
-        type=_whole(1),
+        type=whole(1),
         default=24,
         help="per length, shared out to the rounds; default 24",
     )
-    add("--max-model-len", type=_whole(1), help="default: the longest prompt and answer")
+    add("--max-model-len", type=whole(1), help="default: the longest prompt and answer")
     parser.set_defaults(run=_prefill)
 
 
@@ -320,11 +320,11 @@ def _add_common(parser: argparse.ArgumentParser, methods: str) -> None:
         default=_names(methods),
         help=f"default {methods}; {methods.partition(',')[0]} always runs",
     )
-    add("--rounds", type=_whole(1), default=5, help="default 5")
+    add("--rounds", type=whole(1), default=5, help="default 5")
     add("--output", required=True, type=Path, help="JSON file to write")
     add(
         "--kv-cache-memory-bytes",
-        type=_whole(1),
+        type=whole(1),
         default=_KV_CACHE_BYTES,
         metavar="N",
         help=f"of each engine; default {_KV_CACHE_BYTES}",
@@ -345,34 +345,4 @@ def _names(text: str) -> list[str]:
 
 
 def _wholes(text: str) -> list[int]:
-    return sorted({_whole(1)(part) for part in text.split(",")})
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"{value} is out of range: expected {least} or more"
-            )
-        return value
-
-    parse.__name__ = "whole number"  # argparse names it when the text is no number
-    return parse
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range: expected 0 or more")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
-    return value
+    return sorted({whole(1)(part) for part in text.split(",")})

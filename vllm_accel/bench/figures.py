@@ -14,8 +14,9 @@ from vllm_accel.bench.results import Document, Row, is_prefill
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BAND = "#bbbbbb"
-_INCHES = (4.8, 3.4)
+_INCHES = (4.2, 3.4)
 _COLUMNS = 2
+_LEGEND_COLUMNS = 3
 _PROMPTS = {"not_looping": "prompts that do not loop", "all": "all prompts"}
 
 
@@ -59,16 +60,21 @@ def charts(content: Document, name: str = "") -> list[Chart]:
     """The pictures of one file; `name` stands before their titles."""
     rows: list[Row] = content["rows"]
     found = _prefill_charts(rows) if is_prefill(content) else _decode_charts(rows)
-    return [Chart(f"{name}: {c.title}", c.paint) if name else c for c in found]
+    return [Chart(f"{name}\n{c.title}", c.paint) if name else c for c in found]
+
+
+def drawn(chart: Chart) -> Figure:
+    """A picture by itself."""
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    _paint(chart, figure.add_subplot())
+    return figure
 
 
 def svg(chart: Chart) -> str:
     """A picture as an <svg> element."""
-    figure = Figure(figsize=_INCHES, layout="constrained")
-    _paint(chart, figure.add_subplot())
     buffer = io.StringIO()
     unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=unsaid)
+    drawn(chart).savefig(buffer, format="svg", metadata=unsaid)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -89,6 +95,21 @@ def _paint(chart: Chart, axes: Axes) -> None:
     axes.set_title(chart.title, fontsize="medium")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the picture, where it covers no figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18),
+        ncols=_LEGEND_COLUMNS,
+        fontsize="small",
+        frameon=False,
+    )
 
 
 def _decode_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -122,7 +143,6 @@ def _ratios(rows: Sequence[Row], kind: _Kind) -> Callable[[Axes], None]:
             line = [row for row in rows if row["method"] == method]
             _spread_line(axes, line, (kind.x, kind.ratio), method, colour)
         axes.set_ylabel(kind.ratio_label)
-        axes.legend(fontsize="small", framealpha=1)
 
     return paint
 
@@ -174,9 +194,7 @@ def _tokens_per_step(rows: Sequence[Row]) -> Callable[[Axes], None]:
         axes.axhline(1.0, color="black", linewidth=1)
         axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
         axes.set_xlabel("batch size")
-        axes.set_ylabel("tokens per request and step")
-        if coloured:
-            axes.legend(fontsize="small", framealpha=1, loc="lower right")
+        axes.set_ylabel("tokens per request, step")
 
     return paint
 
@@ -190,7 +208,6 @@ def _ttft(rows: Sequence[Row]) -> Callable[[Axes], None]:
             _spread_line(axes, line, ("prompt_length", "ttft_ms"), method, colour)
         axes.set_ylabel("milliseconds")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small", framealpha=1)
 
     return paint
 

@@ -5,6 +5,7 @@ weights are streamed for one request and dear once the machine computes. Only me
 time tells where.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from vllm_accel.errors import ConfigError
 
 Floats = NDArray[np.float64]
+State = Mapping[str, Any]
 
 _BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
 _COLUMNS = 10
@@ -25,6 +27,7 @@ _FIRST_SCALE = 0.3
 _NEVER_ODD = 0.5  # a rare kind of step may be this far off and must be believed
 _FIRST = 4
 _BATCH = 16
+_RIDGE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +146,36 @@ class StepCost:
             )
         self._prices, self._information = prices, information
         self._scale, self.steps = scale, steps
+
+
+def merge(states: Sequence[State]) -> State:
+    """What replicas learnt, as one state: prices averaged by how much is known of them.
+
+    A price nobody has met keeps the plain mean. As in `calibrators.merge` the
+    information is the mean, so that what replicas share does not count again.
+
+    Args:
+        states: of `StepCost`, the newest last.
+
+    Raises:
+        ConfigError: they have different prices.
+    """
+    shapes = {np.shape(state["information"]) for state in states}
+    if len(shapes) != 1:
+        raise ConfigError(
+            f"Step costs of shapes {sorted(shapes)} cannot be merged: expected states of "
+            "one version; restart the replicas together."
+        )
+    prices = np.array([state["prices"] for state in states], dtype=np.float64)
+    information = np.array([state["information"] for state in states], dtype=np.float64)
+    usual, known = prices.mean(axis=0), information.mean(axis=0)
+    pulled = np.mean(information @ (prices - usual)[..., None], axis=0)[..., 0]
+    ridge = _RIDGE * max(float(np.trace(known)) / len(known), 1e-12)
+    moved = np.linalg.solve(known + ridge * np.eye(len(known)), pulled)
+    return {
+        **states[-1],
+        "prices": (usual + moved).tolist(),
+        "information": known.tolist(),
+        "scale": float(np.mean([state["scale"] for state in states])),
+        "steps": max(int(state["steps"]) for state in states),
+    }

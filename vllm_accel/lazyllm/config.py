@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm_accel.errors import ConfigError
 
@@ -141,12 +141,12 @@ def _checked_keys(name: str, settings: object, known: list[str]) -> dict[str, An
     return dict(settings)
 
 
-def _is_number(value: object, *types: type) -> bool:
+def _is_number(value: object, *types: type) -> TypeGuard[float]:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
 def _check_number(key: str, value: object, least: int) -> None:
-    if not _is_number(value, int) or value < least:  # type: ignore[operator]
+    if not _is_number(value, int) or value < least:
         raise ConfigError(
             f"lazyllm.{key}={value!r} is not allowed: expected a whole number from {least} "
             "up; leave it out for the default."

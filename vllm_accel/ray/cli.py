@@ -4,13 +4,12 @@ Nothing heavy is imported before a command runs, so that help is quick.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_accel.errors import ConfigError
+from vllm_accel.options import json_object, whole
 from vllm_accel.ray import extra
 from vllm_accel.ray.settings import ACCELERATORS, ReplicaSettings
 
@@ -44,10 +43,10 @@ def _add_serve(kinds: "_Commands") -> None:
     add = parser.add_argument
     add("--name", help="what clients call the model; default: what --model says")
     add("--host", default="127.0.0.1", help="default %(default)s")
-    add("--port", type=_at_least(1), default=8000, help="default %(default)s")
+    add("--port", type=whole(1), default=8000, help="default %(default)s")
     add(
         "--metrics-port",
-        type=_at_least(1),
+        type=whole(1),
         help="of this node's Ray metrics, when this command starts Ray; default: any",
     )
     add(
@@ -76,7 +75,7 @@ def _add_batch(kinds: "_Commands") -> None:
         help='JSONL of {"prompt"} or {"messages"}, and maybe "sampling_params"',
     )
     add("--output", required=True, type=Path, metavar="FILE", help="parquet, a new file")
-    add("--max-tokens", type=_at_least(1), default=256, metavar="N", help="default 256")
+    add("--max-tokens", type=whole(1), default=256, metavar="N", help="default 256")
     add(
         "--temperature",
         type=_temperature,
@@ -86,7 +85,7 @@ def _add_batch(kinds: "_Commands") -> None:
     )
     add(
         "--batch-size",
-        type=_at_least(1),
+        type=whole(1),
         default=16,
         metavar="N",
         help="rows an engine takes at once; default 16",
@@ -97,17 +96,17 @@ def _add_batch(kinds: "_Commands") -> None:
 def _add_engines(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a folder, the same on every node, or a hub id")
-    add("--replicas", type=_at_least(1), default=1, metavar="N", help="default 1")
+    add("--replicas", type=whole(1), default=1, metavar="N", help="default 1")
     add(
         "--speculative-config",
         type=_name_or_json,
         metavar="NAME|JSON",
         help="as of `vllm serve`",
     )
-    add("--lazyllm", type=_json, metavar="JSON", help="settings of LazyLLM")
+    add("--lazyllm", type=json_object, metavar="JSON", help="settings of LazyLLM")
     add(
         "--engine-args",
-        type=_json,
+        type=json_object,
         default={},
         metavar="JSON",
         help="other arguments of vLLM by their names in Python, such as "
@@ -116,7 +115,7 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
     add("--accelerator", choices=ACCELERATORS, help="default: what vLLM was built for")
     add(
         "--threads",
-        type=_at_least(1),
+        type=whole(1),
         metavar="N",
         help="cores of each worker on CPU; default: those there are, divided",
     )
@@ -194,17 +193,7 @@ def _where(options: argparse.Namespace, **more: Any) -> "Where":
 
 
 def _name_or_json(text: str) -> Any:
-    return _json(text) if text.lstrip().startswith("{") else text
-
-
-def _json(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no JSON object")
-    return value
+    return json_object(text) if text.lstrip().startswith("{") else text
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -212,18 +201,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r:.60}: expected NAME=VALUE")
     return name, value
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is out of range: expected {least}..")
-        return value
-
-    return parse
 
 
 def _temperature(text: str) -> float:

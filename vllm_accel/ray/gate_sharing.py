@@ -18,8 +18,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from vllm_accel.errors import ConfigError
-from vllm_accel.gating import calibrators
+from vllm_accel.gating import calibrators, cost
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,8 +27,6 @@ State = Mapping[str, Any]
 NAMESPACE = "vllm_accel"
 KEEP = 16
 """States the board keeps, the newest: replicas that ended count until others come."""
-
-_RIDGE = 1e-6
 
 
 class GateBoard:
@@ -134,42 +131,9 @@ def _merged_part(parts: Sequence[Any]) -> Any:
     if isinstance(newest, Mapping) and newest.keys() >= {"weights", "precision"}:
         return calibrators.merge(list(parts))
     if isinstance(newest, Mapping) and newest.keys() >= {"prices", "information"}:
-        return merged_cost(parts)
+        return cost.merge(parts)
     if isinstance(newest, Mapping):
         return merged(parts)
     if isinstance(newest, int | float) and not isinstance(newest, bool):
         return type(newest)(np.mean(parts))
     return newest
-
-
-def merged_cost(states: Sequence[State]) -> State:
-    """Step costs as one: prices averaged by how much is known of them.
-
-    A price nobody has met keeps the plain mean. As in `calibrators.merge` the
-    information is the mean, so that what replicas share does not count again.
-
-    Args:
-        states: of `gating.cost.StepCost`, `prices` [n] and `information` [n, n].
-
-    Raises:
-        ConfigError: they have different prices.
-    """
-    shapes = {np.shape(state["information"]) for state in states}
-    if len(shapes) != 1:
-        raise ConfigError(
-            f"Step costs of shapes {sorted(shapes)} cannot be merged: expected states of "
-            "one version; restart the replicas together."
-        )
-    prices = np.array([state["prices"] for state in states], dtype=np.float64)
-    information = np.array([state["information"] for state in states], dtype=np.float64)
-    usual, known = prices.mean(axis=0), information.mean(axis=0)
-    pulled = np.mean(information @ (prices - usual)[..., None], axis=0)[..., 0]
-    ridge = _RIDGE * max(float(np.trace(known)) / len(known), 1e-12)
-    moved = np.linalg.solve(known + ridge * np.eye(len(known)), pulled)
-    return {
-        **states[-1],
-        "prices": (usual + moved).tolist(),
-        "information": known.tolist(),
-        "scale": float(np.mean([state["scale"] for state in states])),
-        "steps": max(int(state["steps"]) for state in states),
-    }

@@ -1,7 +1,6 @@
 """What a user says about replicas, checked, and what follows from it for each engine."""
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_accel import config, preload
-from vllm_accel.errors import ConfigError
+from vllm_accel.errors import ConfigError, refuse_unknown_keys
 from vllm_accel.serve import with_preloads
 
 ACCELERATORS = ("cpu", "gpu")
@@ -91,14 +90,7 @@ class ReplicaSettings:
             ConfigError: a key is unknown, missing, or a value is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ConfigError(
-                    f"Unknown key {key!r} for replicas on Ray: expected one of "
-                    f"{', '.join(known)}{hint}"
-                )
+        refuse_unknown_keys(settings, known, "for replicas on Ray")
         if "model" not in settings:
             raise ConfigError(
                 "Replicas on Ray have no model: expected a folder or hub id; add 'model'."
