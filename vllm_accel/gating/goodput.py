@@ -105,7 +105,6 @@ class Goodput:
         self._after = OnlineLogistic(np.tile(_AFTER_PRIOR, (draft_tokens, 1)))
         self._recent: dict[str, float] = {}
         self._usual = 0.4
-        self._prefill = 0.0
         self._waiting: dict[str, _Waiting] = {}
         self._verdicts: list[tuple[_Waiting, int, int]] = []
         self._step = _Step()
@@ -179,7 +178,6 @@ class Goodput:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes the measured time of a finished step in."""
         self.cost.observe(shape, seconds)
-        self._prefill += 0.1 * (shape.prefill_tokens - self._prefill)
 
     def keep_only(self, req_ids: Container[str]) -> None:
         """Forgets requests that ended."""
@@ -232,8 +230,9 @@ class Goodput:
         return wanted & (best.gain >= (REOPEN_GAIN if load.closed else 1.0))
 
     def _best(self, survival: Floats, *, heads_run: bool = False) -> "Drafts":
-        around = StepShape(self._step.requests, self._step.requests, self._prefill)
-        return best_drafts(survival, around, self.cost, heads_run=heads_run)
+        # Without prompts: what these cost is the same whether drafts are accepted or not.
+        plain = StepShape(self._step.requests, self._step.requests)
+        return best_drafts(survival, plain, self.cost, heads_run=heads_run)
 
     def _learn_all(self) -> None:
         waiting, verified, accepted = zip(*self._verdicts, strict=True)
