@@ -15,7 +15,9 @@ DRAFT_TOKENS = 4
 def seconds(shape):
     """Nearly free rows for one request, dear ones at load."""
     busy = 1.2e-4 * max(shape.decode_rows - 8, 0)
-    return 5e-3 + 2e-5 * shape.decode_rows + busy + (5e-4 if shape.drafted_for else 0)
+    prompts = 1e-4 * shape.prefill_tokens
+    rows = 2e-5 * shape.decode_rows + busy + prompts
+    return 5e-3 + rows + (5e-4 if shape.drafted_for else 0)
 
 
 class Engine:
@@ -28,7 +30,7 @@ class Engine:
         self.drafts = {}
         self.tokens = self.time = 0.0
 
-    def step(self, num_reqs):
+    def step(self, num_reqs, prefill=0):
         """Share of the requests the heads ran for."""
         ids = [str(i) for i in range(num_reqs)]
         verified = sum(self.drafts.get(i, 0) for i in ids)
@@ -45,7 +47,7 @@ class Engine:
             sure = torch.full((DRAFT_TOKENS, len(opened)), 1 / 8)
             lengths = self.gate.lengths(DraftSignals(sure))
             self.drafts.update(zip(opened, lengths, strict=True))
-        shape = StepShape(num_reqs + verified, num_reqs, 0, len(opened))
+        shape = StepShape(num_reqs + verified, num_reqs, prefill, len(opened))
         taken = seconds(shape) * self.rng.lognormal(0, 0.03)
         self.time += taken
         self.gate.observe(shape, taken)
@@ -63,6 +65,16 @@ def test_drafts_that_survive_are_made_at_one_request_and_not_at_load():
     assert engine.run(32, 200) <= 0.1
     engine.run(1, 50)
     assert engine.run(1, 200) >= 0.8
+
+
+def test_prompts_read_a_moment_ago_open_no_gate_that_load_closes():
+    engine = Engine(survive=0.5)
+    engine.run(32, 100)
+    opened = []
+    for _ in range(10):
+        engine.step(32, prefill=4000)
+        opened.append(engine.run(32, 40))
+    assert np.mean(opened) <= 0.1
 
 
 def test_drafts_that_never_survive_close_the_gate_and_some_keep_trying():
