@@ -23,7 +23,7 @@ MAX_DRAFT_TOKENS = 16
 GATES = ("goodput", "entropy", "always", "never")
 """Gates of cerberus that come with this package."""
 
-EXIT_GATES = ("beta_mixture", "threshold", "always", "never")
+EXIT_GATES = ("goodput", "beta_mixture", "threshold", "always", "never")
 """Gates of free that come with this package."""
 
 
@@ -125,10 +125,11 @@ class FreeConfig:
     mode: str = "verify"
     """"verify": the deep layers correct drafts, and the answer is the model's own."""
 
-    gate: str = "threshold"
-    """Who decides whether to draft, and how far: "threshold" while the shallow model is
-    that sure, "beta_mixture" with a threshold learnt as in the paper, "always" to the
-    end, "never", or the dotted path of a class like those in `vllm_accel.free.gates`."""
+    gate: str = "goodput"
+    """Who decides whether to draft, and how far: "goodput" by measured cost, "threshold"
+    while the shallow model is that sure, "beta_mixture" with a threshold learnt as in the
+    paper, "always" to the end, "never", or the dotted path of a class like those in
+    `vllm_accel.free.gates`."""
 
     threshold: float | None = None
     """For the gate "threshold": confidence, best probability less the second, above which

@@ -53,6 +53,12 @@ class StepReport:
     """Requests something was drafted for, or would have been if the step could draft."""
     draft_seconds: float = 0.0
     """Time spent deciding and drafting."""
+    shallow_steps: int = 0
+    """Times the first layers were run alone."""
+    shallow_rows: int = 0
+    """Rows they were run on."""
+    kept_rows: int = 0
+    """Rows of the step itself that skipped the first layers."""
 
     def add_verdict(self, verdict: Verdict) -> None:
         """Counts one verdict."""

@@ -172,7 +172,9 @@ def test_the_published_estimator_is_frozen_after_so_many_sequences():
     assert gate.updates == MOST_UPDATES
 
 
-@pytest.mark.parametrize("name", ["beta_mixture", "threshold", "always", "never"])
+@pytest.mark.parametrize(
+    "name", ["goodput", "beta_mixture", "threshold", "always", "never"]
+)
 def test_a_name_makes_a_gate(name):
     gate = make_gate(name, draft_tokens=4, threshold=0.5)
     assert isinstance(gate, ExitGate)

@@ -63,6 +63,8 @@ class FreeDrafter:
         self._open(step, report, may_draft)
         while rows := self.stacks.next_rows():
             self._shallow_step(rows, shallow)
+            report.shallow_steps += 1
+            report.shallow_rows += len(rows.req_ids)
         drafts = [self.stacks.drafts(req_id) for req_id in step.req_ids]
         report.draft_lengths.update(
             len(draft) for draft, row in zip(drafts, step.rows, strict=True) if row >= 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from vllm_accel.errors import ConfigError
 from vllm_accel.free.exit_head import ExitSignals
+from vllm_accel.free.goodput import ExitGoodput
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.beta_mixture import BetaMixture
 from vllm_accel.gating.cost import StepShape
@@ -147,6 +148,7 @@ def make_gate(name: str, *, draft_tokens: int, threshold: float) -> ExitGate:
         ConfigError: the path cannot be imported or is not a gate.
     """
     built_in: Mapping[str, Callable[[], ExitGate]] = {
+        "goodput": lambda: ExitGoodput(draft_tokens),
         "beta_mixture": LearntThreshold,
         "threshold": lambda: Threshold(threshold),
         "always": lambda: Threshold(-1.0, "always"),

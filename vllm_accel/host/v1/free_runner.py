@@ -41,6 +41,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
     ) -> Any:
         """With exit states at hand the deep layers go on from them; else as ever."""
         rows = self._split() if len(self.drafter.stacks) else None
+        self._kept_rows = 0 if rows is None else len(rows.kept)
         if rows is None:
             return super()._model_forward(input_ids, positions, *args, **kwargs)
         handed_on, residual = self._exit_states(rows, input_ids, positions)
@@ -94,6 +95,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         orders: Orders,
     ) -> list[list[int]]:
         """See `DraftingRunnerMixin._draft`."""
+        self._report.kept_rows = self._kept_rows
         req_ids = self.input_batch.req_ids
         params = [self.requests[req_id].sampling_params for req_id in req_ids]
         step = Stackable(

@@ -115,7 +115,7 @@ class AccelScheduler(AsyncScheduler):
         busy = self.has_unfinished_requests()
         measured = self._clock.end(
             scheduler_output,
-            drafted_for=0 if report is None else report.drafted_for,
+            StepReport() if report is None else report,
             waited=attached(scheduler_output).waited,
             busy=busy,
         )
