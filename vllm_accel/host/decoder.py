@@ -109,13 +109,15 @@ def _through(
 def _compiled(run: Callable[..., Between], config: Any) -> Callable[..., Between]:
     """As vllm/compilation/wrapper.py:TorchCompileWithNoGuardsWrapper does it (0.32)."""
     _apply_constrain_to_fx_strides_patch()
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    if config.backend == "inductor":
+        options |= config.inductor_compile_config
     compiled = torch.compile(
         run,
         fullgraph=True,
         dynamic=False,
         backend=config.backend,
-        options=config.inductor_compile_config | unguarded,
+        options=options,
     )
     seen = False
 

@@ -10,6 +10,14 @@ from vllm.platforms import current_platform
 
 from vllm_accel.errors import UnsupportedHost
 
+SPANNED = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+}
+"""Architectures whose layers `host.decoder` knows how to call."""
+
 
 def unsupported(
     method: str, engine_args: EngineArgs, model_config: Any, parallel_config: Any
@@ -102,7 +110,13 @@ def _checks_of_free(
     engine_args: EngineArgs, model_config: Any, parallel_config: Any
 ) -> list[tuple[str, bool, str]]:
     """What only spans of layers cannot do."""
+    names = model_config.architectures
     return [
+        (
+            f"models like {', '.join(names)}",
+            not SPANNED.intersection(names),
+            ", ".join(sorted(SPANNED)),
+        ),
         (
             "tensor parallelism",
             parallel_config.tensor_parallel_size > 1,
