@@ -23,6 +23,9 @@ MAX_DRAFT_TOKENS = 16
 GATES = ("goodput", "entropy", "always", "never")
 """Gates of cerberus that come with this package."""
 
+MODES = ("verify", "exit")
+"""What becomes of free's drafts."""
+
 EXIT_GATES = ("goodput", "beta_mixture", "threshold", "always", "never")
 """Gates of free that come with this package."""
 
@@ -123,13 +126,14 @@ class FreeConfig:
     """Most tokens drafted per request and step."""
 
     mode: str = "verify"
-    """"verify": the deep layers correct drafts, and the answer is the model's own."""
+    """"verify": the deep layers correct drafts, and the answer is the model's own.
+    "exit", the paper's: a draft is final, for requests that are plainly greedy."""
 
-    gate: str = "goodput"
+    gate: str | None = None
     """Who decides whether to draft, and how far: "goodput" by measured cost, "threshold"
     while the shallow model is that sure, "beta_mixture" with a threshold learnt as in the
     paper, "always" to the end, "never", or the dotted path of a class like those in
-    `vllm_accel.free.gates`."""
+    `vllm_accel.free.gates`. None: "goodput", in mode "exit" "threshold"."""
 
     threshold: float | None = None
     """For the gate "threshold": confidence, best probability less the second, above which
@@ -151,16 +155,21 @@ class FreeConfig:
         _check_type(self, "exit_layer", int, None)
         _check_type(self, "num_speculative_tokens", int)
         _check_type(self, "mode", str)
-        _check_type(self, "gate", str)
+        _check_type(self, "gate", str, None)
         _check_type(self, "threshold", float, int, None)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
         _check_gate(self, EXIT_GATES)
-        if self.mode != "verify":
+        if self.mode not in MODES:
             raise ConfigError(
-                f"free.mode={self.mode!r} is not in this version: expected 'verify'; leave "
-                "it out."
+                f"free.mode={self.mode!r} is not a mode: expected {' or '.join(MODES)}; "
+                "leave it out for verify."
+            )
+        if self.mode == "exit" and self.gate == "goodput":
+            raise ConfigError(
+                "free.gate='goodput' weighs speed alone and free.mode='exit' makes drafts "
+                "final: expected another gate; leave it out for threshold."
             )
         if self.exit_layer is not None and self.exit_layer < 1:
             raise ConfigError(
@@ -274,7 +283,7 @@ def _check_draft_tokens(config: Config, hint: str) -> None:
 
 def _check_gate(config: Config, built_in: tuple[str, ...]) -> None:
     gate = config.gate
-    if gate in built_in or "." in gate or ":" in gate:
+    if gate is None or gate in built_in or "." in gate or ":" in gate:
         return
     raise ConfigError(
         f"{config.method}.gate={gate!r} is not a gate: expected {', '.join(built_in)} or "

@@ -53,6 +53,10 @@ class StepReport:
     """Requests something was drafted for, or would have been if the step could draft."""
     draft_seconds: float = 0.0
     """Time spent deciding and drafting."""
+    final: int = 0
+    """Tokens given that the deep layers could not correct."""
+    final_agreed: int = 0
+    """Those that the deep layers would have chosen too."""
     shallow_steps: int = 0
     """Times the first layers were run alone."""
     shallow_rows: int = 0

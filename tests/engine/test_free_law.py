@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from free_reference import Free, TransformersLayers
+from transformers import AutoModelForCausalLM
 
 from vllm_accel.testing import write_tiny_model, write_untrained_exit
 
@@ -63,6 +65,23 @@ def plain(generate, cut):
         return known[key]
 
     return run
+
+
+def test_final_drafts_are_those_of_the_published_algorithm(generate, cut):
+    prompts = [batch["prompts"][0] for batch in law_batches()[:2]]
+    free = {"method": "free", "mode": "exit", "threshold": 0.3, "exit_layer": 3}
+    arguments = {"model": cut[0], **FLOAT, **ROOMY, "speculative_config": free}
+    batch = {"prompts": prompts, "sampling": [greedy(64), greedy(64)]}
+    found = generate(arguments, [batch])
+    model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
+    for prompt, answer in zip(prompts, found["batches"][0], strict=True):
+        published = Free(TransformersLayers(model), 3, "exit", 0.3, cap=4)
+        expected = published.generate(prompt, 64).token_ids
+        assert answer["token_ids"][:-1] == expected[:-1]  # our last token is the deep one
+    metrics = found["metrics"]
+    assert (
+        metrics["vllm:accel_final_tokens"] > metrics["vllm:accel_final_agreed_tokens"] > 0
+    )
 
 
 FLOAT, BFLOAT = {"dtype": "float32"}, {"dtype": "bfloat16"}

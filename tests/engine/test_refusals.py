@@ -93,8 +93,8 @@ CASES = {
         "not inside the model: expected 1..1",
     ),
     "mode": (
-        {"speculative_config": FREE | {"mode": "exit"}},
-        "free.mode='exit' is not in this version",
+        {"speculative_config": FREE | {"mode": "fast"}},
+        "free.mode='fast' is not a mode",
     ),
     "gate of the other": (
         {"speculative_config": FREE | {"gate": "entropy"}},

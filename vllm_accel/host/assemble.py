@@ -172,16 +172,25 @@ def _announce(config: Config) -> None:
         _what_drafts(config),
         config.num_speculative_tokens,
         config.gate,
-        "Greedy tokens are plain vLLM's."
-        if current_platform.is_cpu()
-        else "On this device plain vLLM runs Model Runner V2 and this V1: whether it "
-        "is faster here has to be measured.",
+        _promise(config),
+    )
+
+
+def _promise(config: Config) -> str:
+    if isinstance(config, FreeConfig) and config.mode == "exit":
+        return "Answers may differ from plain vLLM's: drafts are final."
+    if current_platform.is_cpu():
+        return "Greedy tokens are plain vLLM's."
+    return (
+        "On this device plain vLLM runs Model Runner V2 and this V1: whether it is faster "
+        "here has to be measured."
     )
 
 
 def _what_drafts(config: Config) -> str:
-    beside = config.model or "beside the model"
     if isinstance(config, FreeConfig):
-        return f"the first {config.exit_layer} layers, exit {beside if beside else ''}"
-    below = f" (entropy below {config.entropy_threshold:.3g} nats)"
-    return f"heads {beside}{below if config.gate == 'entropy' else ''}"
+        trained = f", exit {config.model}" if config.model else ""
+        return f"the first {config.exit_layer} layers{trained}"
+    below = f" (below {config.entropy_threshold:.3g} nats)"
+    heads = config.model or "beside the model"
+    return f"heads {heads}{below if config.gate == 'entropy' else ''}"

@@ -65,18 +65,10 @@ class Decoder:
         normed: Tensor = self._inner.norm(hidden)
         return normed
 
-    @torch.inference_mode()
-    def warm_up(self, spans: Sequence[Span], dtype: torch.dtype) -> None:
+    def prepare(self, spans: Sequence[Span]) -> None:
         """Compiles spans before the first request does, where they are compiled."""
-        positions = torch.arange(_WARM_UP_ROWS)
         for span in spans:
-            hidden, residual = positions.int(), None
-            if span.first:
-                hidden = torch.zeros(_WARM_UP_ROWS, self.hidden_size, dtype=dtype)
-                residual = torch.zeros_like(hidden)
-            context = create_forward_context(None, self._vllm_config)
-            with override_forward_context(context):
-                self.run(span, hidden, residual, positions)
+            self._unit(span)
 
     def _unit(self, span: Span) -> Callable[..., Between]:
         if span not in self._units:
@@ -88,7 +80,27 @@ class Decoder:
         norm = self._inner.norm if span.stop == self.num_layers else None
         run = _through(list(self._inner.layers)[span.first : span.stop], embed, norm)
         config = self._vllm_config.compilation_config
-        return run if config.mode == CompilationMode.NONE else _compiled(run, config)
+        if config.mode == CompilationMode.NONE:
+            return run
+        compiled = _compiled(run, config)
+        self._warm_up(span, compiled)
+        return compiled
+
+    @torch.inference_mode()
+    def _warm_up(self, span: Span, unit: Callable[..., Between]) -> None:
+        """Compiles for any number of rows; attention without metadata does nothing."""
+        positions = torch.arange(_WARM_UP_ROWS)
+        hidden, residual = positions.int(), None
+        if span.first:
+            dtype = self._vllm_config.model_config.dtype
+            hidden = torch.zeros(_WARM_UP_ROWS, self.hidden_size, dtype=dtype)
+            residual = torch.zeros_like(hidden)
+        for rows in (hidden, residual, positions):
+            if rows is not None:
+                torch._dynamo.mark_dynamic(rows, 0)
+        context = create_forward_context(None, self._vllm_config)
+        with override_forward_context(context):
+            unit(hidden, residual, positions)
 
 
 def _through(
@@ -112,25 +124,9 @@ def _compiled(run: Callable[..., Between], config: Any) -> Callable[..., Between
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if config.backend == "inductor":
         options |= config.inductor_compile_config
-    compiled = torch.compile(
-        run,
-        fullgraph=True,
-        dynamic=False,
-        backend=config.backend,
-        options=options,
+    return torch.compile(
+        run, fullgraph=True, dynamic=False, backend=config.backend, options=options
     )
-    seen = False
-
-    def call(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Between:
-        nonlocal seen
-        if not seen:
-            seen = True
-            for rows in (hidden, residual, positions):
-                if rows is not None:
-                    torch._dynamo.mark_dynamic(rows, 0)
-        return compiled(hidden, residual, positions)
-
-    return call
 
 
 def _inner(model: nn.Module) -> Any:

@@ -41,6 +41,7 @@ class FreeProposer:
             state_width=2 * vllm_config.model_config.get_hidden_size(),
             dtype=self._dtype,
         )
+        self.drafts_are_final = config.mode == "exit"
         self._decoder: Decoder | None = None
         self._drafter: FreeDrafter | None = None
 
@@ -67,7 +68,7 @@ class FreeProposer:
 
     def warm_up(self) -> None:
         """Compiles both spans, where vLLM compiles models."""
-        self._decoder.warm_up(self._spans, self._dtype)
+        self._decoder.prepare(self._spans)
 
     def shallow(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[n, 2 * hidden_size] exit states of tokens [n] int32 at positions [n] int64."""

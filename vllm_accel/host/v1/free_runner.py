@@ -1,6 +1,7 @@
 """FREE's part of Model Runner V1: shallow steps after sampling, then the deep layers."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,21 @@ from vllm.forward_context import override_forward_context
 
 from vllm_accel.free.drafter import Stackable
 from vllm_accel.free.resume import Split, split
-from vllm_accel.free.stack import ShallowRows
+from vllm_accel.free.stack import Seen, ShallowRows
 from vllm_accel.host.report import Orders
+from vllm_accel.host.v1 import final
 from vllm_accel.host.v1.runner import DraftingRunnerMixin
 from vllm_accel.host.v1.span_context import context_of
 
 
 class FreeRunnerMixin(DraftingRunnerMixin):
     """Overrides of GPUModelRunner (vllm/v1/worker/gpu_model_runner.py, 0.32)."""
+
+    def start_drafting(self) -> None:
+        """See `DraftingRunnerMixin.start_drafting`."""
+        super().start_drafting()
+        self._kept_rows = 0
+        self._deep_token_ids: list[list[int]] | None = None
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the spans while vLLM compiles the whole."""
@@ -74,6 +82,23 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         handed_on, residual = states.chunk(2, dim=-1)
         return handed_on.contiguous(), residual.contiguous()
 
+    def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        """Where drafts are final, lets the sampler see nothing but the draft."""
+        self._deep_token_ids = None
+        drafts = (
+            spec_decode_metadata.num_draft_tokens if self.drafter.drafts_are_final else []
+        )
+        if any(drafts):
+            said = self.sampler.greedy_sample(logits).tolist()
+            rows = [0, *accumulate(1 + n for n in drafts)]
+            self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]
+            logits = final.only_drafts(
+                logits,
+                spec_decode_metadata.target_logits_indices,
+                spec_decode_metadata.draft_token_ids,
+            )
+        return super()._sample(logits, spec_decode_metadata)
+
     def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
         """See `DraftingRunnerMixin._settle`; the gate learns of every stack."""
         super()._settle(scheduler_output, sampled_token_ids)
@@ -82,10 +107,25 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         for i, req_id in enumerate(self.input_batch.req_ids):
             if req_id not in stacks:
                 continue
-            deep = sampled_token_ids[i]
-            seen = stacks.settle(req_id, self._num_tokens(i) - len(deep) - 1, deep)
+            position = self._num_tokens(i) - len(sampled_token_ids[i]) - 1
+            deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
+            seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
-                self.drafter.learn(seen)
+                self._learn_of(seen)
+
+    def _learn_of(self, seen: Seen) -> None:
+        self.drafter.learn(seen)
+        if self.drafter.drafts_are_final:
+            drafted = seen.agree[: seen.drafted]
+            self._report.final += len(drafted)
+            self._report.final_agreed += sum(drafted)
+
+    def _room(self, i: int) -> int:
+        """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
+        params = self.requests[self.input_batch.req_ids[i]].sampling_params
+        if self.drafter.drafts_are_final and not final.allowed(params):
+            return 0
+        return super()._room(i)
 
     def _draft(
         self,

@@ -143,6 +143,8 @@ class AccelScheduler(AsyncScheduler):
             add("vllm:accel_draft_length", amount, length=str(length))
         add("vllm:accel_drafted_tokens", report.drafted)
         add("vllm:accel_accepted_tokens", report.accepted)
+        add("vllm:accel_final_tokens", report.final)
+        add("vllm:accel_final_agreed_tokens", report.final_agreed)
         add("vllm:accel_draft_seconds", report.draft_seconds)
         add("vllm:accel_request_steps", len(given))
         add("vllm:accel_output_tokens", sum(given))
