@@ -131,7 +131,7 @@ def main(folder, dtype, eager):
             "cache": equal(made.cache(), cache),
             "deep_layers_untouched": equal(between, before[exit_layer:]),
         }
-    print("RESULT", json.dumps(alike))
+    sys.stdout.write(f"RESULT {json.dumps(alike)}\n")
 
 
 if __name__ == "__main__":

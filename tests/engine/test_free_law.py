@@ -26,7 +26,7 @@ TIGHT = {
 def cut(tmp_path_factory):
     """A tiny model of four layers, whose own exit and a noisy one lie beside it."""
     folder = tmp_path_factory.mktemp("cut")
-    model = write_tiny_model(folder / "model", layers=4)
+    model = write_tiny_model(folder / "model", layers=4, scale=0.5)
     noisy = write_untrained_exit(folder / "noisy", model, exit_layer=2, noise=0.2)
     return str(model), str(noisy)
 
