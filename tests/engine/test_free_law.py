@@ -11,6 +11,7 @@ from vllm_accel.testing import write_tiny_model, write_untrained_exit
 pytestmark = pytest.mark.engine
 
 RANDOM = "vllm_accel.testing:RandomExitGate"
+TINY = {"skip_tokenizer_init": True}
 ROOMY = {"enable_prefix_caching": False, "max_num_batched_tokens": 2048}
 # Chunked prefill, prefix caching, drafts cut by the token budget, preemption.
 TIGHT = {
@@ -60,7 +61,7 @@ def plain(generate, cut):
     def run(engine, processes):
         key = repr((engine, processes))
         if key not in known:
-            arguments = {"model": cut[0], **engine}
+            arguments = {"model": cut[0], **TINY, **engine}
             known[key] = answers(generate(arguments, law_batches(), processes=processes))
         return known[key]
 
@@ -70,7 +71,7 @@ def plain(generate, cut):
 def test_final_drafts_are_those_of_the_published_algorithm(generate, cut):
     prompts = [batch["prompts"][0] for batch in law_batches()[:2]]
     free = {"method": "free", "mode": "exit", "threshold": 0.3, "exit_layer": 3}
-    arguments = {"model": cut[0], **FLOAT, **ROOMY, "speculative_config": free}
+    arguments = {"model": cut[0], **FLOAT, **ROOMY, **TINY, "speculative_config": free}
     batch = {"prompts": prompts, "sampling": [greedy(64), greedy(64)]}
     found = generate(arguments, [batch])
     model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
@@ -98,7 +99,7 @@ CASES = {
 def test_greedy_answers_are_plain_vllms(plain, generate, cut, name):
     engine, processes, free = CASES[name]
     free = {"method": "free", **free, **({"model": cut[1]} if "model" in free else {})}
-    arguments = {"model": cut[0], **engine, "speculative_config": free}
+    arguments = {"model": cut[0], **engine, **TINY, "speculative_config": free}
     found = generate(arguments, law_batches(), processes=processes)
     assert answers(found) == plain(engine, processes)
     metrics = found["metrics"]
