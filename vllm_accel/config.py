@@ -8,20 +8,26 @@ nothing that changes from run to run: vLLM hashes it into its compile-cache key.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_accel.errors import ConfigError, refuse_unknown_keys
 
-METHODS = ("cerberus",)
+METHODS = ("cerberus", "free")
 """Methods this version can run."""
 
-PLANNED_METHODS = ("free", "lazyllm")
+PLANNED_METHODS = ("lazyllm",)
 """Names that are ours but refused until they exist."""
 
 MAX_DRAFT_TOKENS = 16
 
 GATES = ("goodput", "entropy", "always", "never")
-"""Gates that come with this package."""
+"""Gates of cerberus that come with this package."""
+
+MODES = ("verify", "exit")
+"""What becomes of free's drafts."""
+
+EXIT_GATES = ("goodput", "beta_mixture", "threshold", "always", "never")
+"""Gates of free that come with this package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +78,10 @@ class CerberusConfig:
         _check_type(self, "entropy_threshold", float, int, None)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
-        _check_draft_tokens(self.num_speculative_tokens)
-        _check_gate(self.gate)
+        _check_draft_tokens(
+            self, "at most the number of heads; leave it out to use every head"
+        )
+        _check_gate(self, GATES)
         if self.model == "" or (self.revision is not None and self.model is None):
             raise ConfigError(
                 f"cerberus.model={self.model!r} with revision={self.revision!r} names no "
@@ -93,16 +101,117 @@ class CerberusConfig:
         Raises:
             ConfigError: a key is unknown or a value is not allowed.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        refuse_unknown_keys(settings, known, "for method 'cerberus'")
-        return cls(**settings)
+        return _from_mapping(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_mapping` gives the same config back."""
         return dataclasses.asdict(self)
 
 
-def parse(value: object) -> CerberusConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeConfig:
+    """Settings of the FREE method (arXiv 2310.05424)."""
+
+    method: str = "free"
+    """Always "free"."""
+
+    model: str | None = None
+    """Trained exit: a folder or a hub id. None: the folder `free` of the model, and the
+    model's own layers, norm and LM head alone where there is no such folder."""
+
+    exit_layer: int | None = None
+    """Decoder layers a draft token runs. None: as the trained exit says."""
+
+    num_speculative_tokens: int = 4
+    """Most tokens drafted per request and step."""
+
+    mode: str = "verify"
+    """"verify": the deep layers correct drafts, and the answer is the model's own.
+    "exit", the paper's: a draft is final, for requests that are plainly greedy."""
+
+    gate: str | None = None
+    """Who decides whether to draft, and how far: "goodput" by measured cost, "threshold"
+    while the shallow model is that sure, "beta_mixture" with a threshold learnt as in the
+    paper, "always" to the end, "never", or the dotted path of a class like those in
+    `vllm_accel.free.gates`. None: "goodput", in mode "exit" "threshold"."""
+
+    threshold: float | None = None
+    """For the gate "threshold": confidence, best probability less the second, above which
+    a shallow choice is drafted. None: what the exit's training measured, 0.9 without."""
+
+    run_ahead: bool = True
+    """While the gate is closed, queue a step before the one before has ended, as vLLM
+    does on GPUs. Off: wait for every step."""
+
+    check_base: bool = True
+    """Refuse an exit trained on another base model. Switch off to serve a quantised copy
+    of the model it was trained on."""
+
+    def __post_init__(self) -> None:
+        _check_type(self, "method", str)
+        if self.method != "free":
+            raise ConfigError(refusal(self.method))
+        _check_type(self, "model", str, None)
+        _check_type(self, "exit_layer", int, None)
+        _check_type(self, "num_speculative_tokens", int)
+        _check_type(self, "mode", str)
+        _check_type(self, "gate", str, None)
+        _check_type(self, "threshold", float, int, None)
+        _check_type(self, "run_ahead", bool)
+        _check_type(self, "check_base", bool)
+        _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
+        _check_gate(self, EXIT_GATES)
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"free.mode={self.mode!r} is not a mode: expected {' or '.join(MODES)}; "
+                "leave it out for verify."
+            )
+        if self.mode == "exit" and self.gate == "goodput":
+            raise ConfigError(
+                "free.gate='goodput' weighs speed alone and free.mode='exit' makes drafts "
+                "final: expected another gate; leave it out for threshold."
+            )
+        if self.exit_layer is not None and self.exit_layer < 1:
+            raise ConfigError(
+                f"free.exit_layer={self.exit_layer} is out of range: expected at least 1 "
+                "and less than the model's layers; a quarter of them is a good start."
+            )
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ConfigError(
+                f"free.threshold={self.threshold} is out of range: expected 0..1; leave it "
+                "out to use the exit's own."
+            )
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> "FreeConfig":
+        """The config a JSON object or keyword arguments describe.
+
+        Raises:
+            ConfigError: a key is unknown or a value is not allowed.
+        """
+        return _from_mapping(cls, settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_mapping` gives the same config back."""
+        return dataclasses.asdict(self)
+
+
+Config = CerberusConfig | FreeConfig
+_CONFIGS: dict[str, type[CerberusConfig] | type[FreeConfig]] = {
+    "cerberus": CerberusConfig,
+    "free": FreeConfig,
+}
+_Any = TypeVar("_Any", CerberusConfig, FreeConfig)
+
+
+def _from_mapping(cls: type[_Any], settings: Mapping[str, Any]) -> _Any:
+    fields = dataclasses.fields(cls)
+    known = [field.name for field in fields]
+    refuse_unknown_keys(settings, known, f"for method {fields[0].default!r}")
+    return cls(**settings)
+
+
+def parse(value: object) -> Config:
     """The config behind anything a user may write for `speculative_config`.
 
     Args:
@@ -120,7 +229,7 @@ def parse(value: object) -> CerberusConfig:
         )
     if value.get("method") not in METHODS:
         raise ConfigError(refusal(value.get("method")))
-    return CerberusConfig.from_mapping(value)
+    return _CONFIGS[value["method"]].from_mapping(value)
 
 
 def is_ours(method: object) -> bool:
@@ -149,7 +258,7 @@ def engine_args(method: str = "cerberus", **settings: Any) -> dict[str, Any]:
     return {"speculative_config": checked.to_dict()}
 
 
-def _check_type(config: object, key: str, *allowed: type | None) -> None:
+def _check_type(config: Any, key: str, *allowed: type | None) -> None:
     value = getattr(config, key)
     types = tuple(t for t in allowed if t is not None)
     is_bool_for_number = isinstance(value, bool) and bool not in types
@@ -159,23 +268,24 @@ def _check_type(config: object, key: str, *allowed: type | None) -> None:
         return
     names = " or ".join("nothing" if t is None else t.__name__ for t in allowed)
     raise ConfigError(
-        f"cerberus.{key}={value!r} is a {type(value).__name__}: expected {names}."
+        f"{config.method}.{key}={value!r} is a {type(value).__name__}: expected {names}."
     )
 
 
-def _check_draft_tokens(count: int | None) -> None:
+def _check_draft_tokens(config: Config, hint: str) -> None:
+    count = config.num_speculative_tokens
     if count is not None and not 1 <= count <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"cerberus.num_speculative_tokens={count} is out of range: expected "
-            f"1..{MAX_DRAFT_TOKENS}, at most the number of heads; leave it out to use "
-            "every head."
+            f"{config.method}.num_speculative_tokens={count} is out of range: expected "
+            f"1..{MAX_DRAFT_TOKENS}, {hint}."
         )
 
 
-def _check_gate(gate: str) -> None:
-    if gate in GATES or "." in gate or ":" in gate:
+def _check_gate(config: Config, built_in: tuple[str, ...]) -> None:
+    gate = config.gate
+    if gate is None or gate in built_in or "." in gate or ":" in gate:
         return
     raise ConfigError(
-        f"cerberus.gate={gate!r} is not a gate: expected {', '.join(GATES)} or the dotted "
-        "path of a gate class."
+        f"{config.method}.gate={gate!r} is not a gate: expected {', '.join(built_in)} or "
+        "the dotted path of a gate class."
     )

@@ -184,3 +184,25 @@ def _view(
         torch.from_numpy(block_table),
         torch.from_numpy(np.concatenate(places)),
     )
+
+
+def table_view(
+    block_table: NDArray[np.int32],  # [num_lanes, width]
+    lens: NDArray[np.int64],  # [num_lanes] rows, at least one each
+    positions: NDArray[np.int64],  # [num_tokens] a lane's rows together, ascending
+    block_size: int,
+) -> View:
+    """The view of lanes that see all pages before their last row, at one go.
+
+    What `view_of` gives lane by lane; a decoding step has no time for that.
+    """
+    starts = np.concatenate([[0], np.cumsum(lens)])
+    pages, offsets = np.divmod(positions, block_size)
+    lanes = np.repeat(np.arange(len(lens)), lens)
+    places = block_table[lanes, pages].astype(np.int64) * block_size + offsets
+    return View(
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy((positions[starts[1:] - 1] + 1).astype(np.int32)),
+        torch.from_numpy(block_table),
+        torch.from_numpy(places),
+    )

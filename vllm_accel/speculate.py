@@ -5,8 +5,14 @@ A method proposes tokens for a request at a position; the engine may shorten the
 what was verified to what was proposed by (request, position, token id), never by order.
 """
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+
+NO_ROOM = "no_room"
+"""Reason of a request that cannot use another draft."""
+AHEAD = "ahead"
+"""Reason of a request that wanted to draft in a step that must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,120 @@ class Verdict:
     """Tokens the engine scheduled of these, 0 when it dropped the draft."""
     accepted: int
     """Leading tokens the target agreed with."""
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step decided and learnt; travels from the worker to the scheduler."""
+
+    req_ids: list[str] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
+    """Per request, the tokens to verify next."""
+    gate: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Requests by (state, reason): state is open or closed."""
+    draft_lengths: Counter[int] = field(default_factory=Counter)
+    """Requests by tokens drafted, 0 included."""
+    drafted: int = 0
+    """Draft tokens the target verified."""
+    accepted: int = 0
+    """Draft tokens it agreed with."""
+    drafted_for: int = 0
+    """Requests something was drafted for."""
+    asked: int = 0
+    """Requests the gate could open for."""
+    wanted: int = 0
+    """Requests something was drafted for, or would have been if the step could draft."""
+    draft_seconds: float = 0.0
+    """Time spent deciding and drafting."""
+    final: int = 0
+    """Tokens given that the deep layers could not correct."""
+    final_agreed: int = 0
+    """Those that the deep layers would have chosen too."""
+    shallow_steps: int = 0
+    """Times the first layers were run alone."""
+    shallow_rows: int = 0
+    """Rows they were run on."""
+    kept_rows: int = 0
+    """Rows of the step itself that skipped the first layers."""
+
+    def add_verdict(self, verdict: Verdict) -> None:
+        """Counts one verdict."""
+        self.drafted += verdict.verified
+        self.accepted += verdict.accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The requests of a step, entry by entry."""
+
+    req_ids: Sequence[str]
+    rows: Sequence[int]
+    """The row of the last accepted token; below 0 for one that is not decoding yet."""
+    next_tokens: Sequence[int]
+    """What the target chose there."""
+    room: Sequence[int]
+    """Tokens that may still be drafted."""
+
+
+Admit = Callable[[list[int], int], list[bool]]
+"""Asks a gate: requests that have room, and how many decode -> where to draft."""
+
+
+class Opening:
+    """Which requests of a step draft: room, the gate, and whether the step may.
+
+    Args:
+        share: under tensor parallelism, makes every rank go by what rank 0 decides. Called
+            on every step with what decides; what drafts may wait for all ranks.
+    """
+
+    def __init__(
+        self,
+        share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
+    ) -> None:
+        self._share = share
+        self._is_due = False
+        """The gate wants drafts; the steps until it can have them are on their way."""
+
+    def requests(
+        self,
+        step: Decoding,
+        admit: Admit,
+        reason: str,
+        report: StepReport,
+        *,
+        may_draft: bool,
+    ) -> list[int]:
+        """The requests to draft for.
+
+        Args:
+            admit: of the gate.
+            reason: of the gate.
+            report: gains these decisions.
+            may_draft: False asks the gate, and answers [].
+        """
+        decoding = [i for i, row in enumerate(step.rows) if row >= 0]
+        able = [i for i in decoding if step.room[i] > 0]
+        wanted = self._share(
+            lambda: self._wanted(able, lambda: admit(able, len(decoding)), may_draft)
+        )
+        opened = wanted if may_draft else []
+        report.asked, report.wanted = len(able), len(wanted)
+        report.drafted_for = len(opened)
+        report.gate["open", reason] += len(opened)
+        report.gate["closed", reason] += len(able) - len(wanted)
+        report.gate["closed", AHEAD] += len(wanted) - len(opened)
+        report.gate["closed", NO_ROOM] += len(decoding) - len(able)
+        return opened
+
+    def _wanted(
+        self, able: list[int], ask: Callable[[], list[bool]], may_draft: bool
+    ) -> list[int]:
+        if not able or (self._is_due and not may_draft):
+            return able
+        wanted = [i for i, yes in zip(able, ask(), strict=True) if yes]
+        self._is_due = bool(wanted) and not may_draft
+        return wanted
 
 
 class DraftBook:

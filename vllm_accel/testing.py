@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.free import checkpoint as exits
-from vllm_accel.free.exit_head import ExitAdapter
+from vllm_accel.free.exit_head import ExitAdapter, ExitSignals
+from vllm_accel.free.gates import Threshold
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
@@ -60,6 +62,26 @@ class StretchGate:
         """[num_reqs] all True or all False."""
         self._asked += 1
         return [self._asked // self._LENGTH % 2 == 1] * len(signals)
+
+
+class RandomExitGate(Threshold):
+    """For free: opens, exits and goes on by the toss of a coin, the same on every run."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, "random")
+        self._random = random.Random(0)
+
+    def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
+        """[num_reqs] True three times out of four."""
+        return [self._random.random() < 0.75 for _ in req_ids]
+
+    def exits(self, said: ExitSignals) -> list[bool]:
+        """[num_reqs] True three times out of four."""
+        return [self._random.random() < 0.75 for _ in range(len(said))]
+
+    def goes_on(self, req_ids: Sequence[str]) -> bool:
+        """True seven times out of eight."""
+        return self._random.random() < 0.875
 
 
 class RecordingGoodput(Goodput):

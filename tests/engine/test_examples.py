@@ -19,8 +19,9 @@ def run(command, **env):
     )
 
 
-def test_offline():
-    done = run([sys.executable, str(EXAMPLES / "offline_cerberus.py")])
+@pytest.mark.parametrize("name", ["offline_cerberus.py", "offline_free.py"])
+def test_offline(name):
+    done = run([sys.executable, str(EXAMPLES / name)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "def load_config(path):" in done.stdout
     assert "vllm:accel_request_steps" in done.stdout
@@ -36,6 +37,6 @@ def test_serve_ask_and_stop():
     assert "vllm:accel_gate_decisions_total" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["offline_cerberus.py", "serve_cerberus.sh"])
+@pytest.mark.parametrize("name", [file.name for file in EXAMPLES.glob("offline_*.py")])
 def test_examples_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 50

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_accel.testing import write_tiny_model, write_untrained_heads
+from vllm_accel.testing import (
+    write_tiny_model,
+    write_untrained_exit,
+    write_untrained_heads,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -28,11 +32,11 @@ print("RESULT", json.dumps(said))
 """
 
 CERBERUS = {"method": "cerberus"}
+FREE = {"method": "free", "exit_layer": 1}
 FOREIGN_SCHEDULER = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 FOREIGN_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 CASES = {
-    "free": ({"speculative_config": "free"}, "'free' is not in this version"),
     "lazyllm": ({"spec_method": "lazyllm"}, "'lazyllm' is not in this version"),
     "key": ({"speculative_config": CERBERUS | {"gats": 1}}, "did you mean 'gate'"),
     "gate": ({"speculative_config": CERBERUS | {"gate": "x"}}, "is not a gate"),
@@ -83,6 +87,27 @@ CASES = {
         },
         "KV connectors",
     ),
+    "free without an exit": ({"speculative_config": "free"}, "has no folder 'free'"),
+    "exit outside": (
+        {"speculative_config": FREE | {"exit_layer": 2}},
+        "not inside the model: expected 1..1",
+    ),
+    "mode": (
+        {"speculative_config": FREE | {"mode": "fast"}},
+        "free.mode='fast' is not a mode",
+    ),
+    "gate of the other": (
+        {"speculative_config": FREE | {"gate": "entropy"}},
+        "free.gate='entropy' is not a gate",
+    ),
+    "no such exit": (
+        {"speculative_config": FREE | {"model": "/no/such/folder"}},
+        "neither a folder nor a repository",
+    ),
+    "tensor parallel": (
+        {"speculative_config": FREE, "tensor_parallel_size": 2},
+        "free does not work with tensor parallelism",
+    ),
     "async": (
         {"speculative_config": CERBERUS, "async_scheduling": True},
         "async scheduling",
@@ -112,6 +137,10 @@ def said(run_python, model, tmp_path_factory):
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
     }
     cases["ours"] = {"speculative_config": "cerberus"}
+    exit_ = write_untrained_exit(wide / "free", wide)
+    cases["exit width"] = {"speculative_config": {"method": "free", "model": str(exit_)}}
+    cases["free"] = {"speculative_config": FREE}
+    cases["free by name"] = {"speculative_config": "free", "model": str(wide)}
     cases = {name: {"model": str(model)} | args for name, args in cases.items()}
     done = run_python(["-c", TRY_ALL], text=json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -133,7 +162,12 @@ def test_heads_of_another_width_are_refused(said):
 
 
 def test_vllms_own_methods_and_ours_are_accepted(said):
-    assert said["ngram"][1] == said["ours"][1] == "accepted"
+    ours = {said[name][1] for name in ("ngram", "ours", "free", "free by name")}
+    assert ours == {"accepted"}
+
+
+def test_an_exit_of_another_model_is_refused(said):
+    assert "expected the same weights" in said["exit width"][1]
 
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -142,7 +176,8 @@ VLLM = Path(sys.executable).with_name("vllm")
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--speculative-config", "free"], "'free' is not in this version"),
+        (["--speculative-config", "lazyllm"], "'lazyllm' is not in this version"),
+        (["--speculative-config", "free"], "has no folder 'free'"),
         (["-sc", '{"method": "cerberus", "gate": "x"}'], "is not a gate"),
         (["--spec-method", "cerberus", "--spec-tokens", "9"], "expected 1..4"),
     ],

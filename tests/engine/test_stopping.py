@@ -16,6 +16,16 @@ ENDINGS = {
 }
 
 
+METHODS = {
+    "cerberus": {"method": "cerberus", "gate": "vllm_accel.testing:StretchGate"},
+    "free": {
+        "method": "free",
+        "exit_layer": 8,
+        "gate": "vllm_accel.testing:RandomExitGate",
+    },
+}
+
+
 def batches(prompts):
     return [
         {
@@ -28,30 +38,34 @@ def batches(prompts):
 
 @pytest.fixture(scope="module")
 def answers(generate, reference_model, reference_prompts):
-    """(plain's, ours)."""
-    cerberus = {"method": "cerberus", "gate": "vllm_accel.testing:StretchGate"}
+    """By method, "plain" among them."""
     asked = batches(reference_prompts)
-    return [
-        generate({"model": reference_model, **extra}, asked, processes=True)
-        for extra in ({}, {"speculative_config": cerberus})
-    ]
+    extras = {"plain": {}}
+    extras |= {name: {"speculative_config": config} for name, config in METHODS.items()}
+    return {
+        name: generate({"model": reference_model, **extra}, asked, processes=True)
+        for name, extra in extras.items()
+    }
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_requests_end_as_in_plain_vllm(answers, ending):
-    plain, ours = (r["batches"][list(ENDINGS).index(ending)] for r in answers)
+def test_requests_end_as_in_plain_vllm(answers, ending, method):
+    place = list(ENDINGS).index(ending)
+    plain, ours = (answers[name]["batches"][place] for name in ("plain", method))
     assert ours == plain
     lengths = {len(r["token_ids"]) for r in plain}
     assert max(lengths) <= ENDINGS[ending]["max_tokens"]
     assert min(lengths) >= ENDINGS[ending].get("min_tokens", 1)
 
 
-def test_some_of_them_end_inside_an_accepted_draft(answers):
-    metrics = answers[1]["metrics"]
+@pytest.mark.parametrize("method", METHODS)
+def test_some_of_them_end_inside_an_accepted_draft(answers, method):
+    metrics = answers[method]["metrics"]
     verified = metrics["vllm:accel_request_steps"] + metrics["vllm:accel_accepted_tokens"]
     assert verified > metrics["vllm:accel_output_tokens"]
 
 
 def test_some_of_their_steps_are_queued_ahead(answers):
     ahead = "vllm:accel_gate_decisions|reason=ahead|state=closed"
-    assert answers[1]["metrics"][ahead] > 0
+    assert answers["cerberus"]["metrics"][ahead] > 0

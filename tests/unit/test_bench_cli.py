@@ -64,6 +64,7 @@ def test_options_have_the_defaults_they_name():
         ("--temperature", "-1", "out of range"),
         ("--temperature", "nan", "out of range"),
         ("--cerberus", "[1]", "no JSON object"),
+        ("--free", "3", "no JSON object"),
     ],
 )
 def test_values_that_make_no_bench_are_refused(capsys, option, value, said):

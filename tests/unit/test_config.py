@@ -4,7 +4,7 @@ import json
 import pytest
 
 from vllm_accel import ConfigError, engine_args
-from vllm_accel.config import CerberusConfig, parse
+from vllm_accel.config import CerberusConfig, FreeConfig, parse
 
 EVERY_KEY = {
     "method": "cerberus",
@@ -32,9 +32,9 @@ def test_a_config_is_frozen():
         CerberusConfig().gate = "never"
 
 
-@pytest.mark.parametrize("method", ["free", "lazyllm"])
+@pytest.mark.parametrize("method", ["lazyllm"])
 def test_a_planned_method_is_refused_naming_what_exists(method):
-    with pytest.raises(ConfigError, match=r"not in this version: expected cerberus"):
+    with pytest.raises(ConfigError, match=r"not in this version: expected cerberus, free"):
         parse(method)
 
 
@@ -60,3 +60,47 @@ def test_a_bad_setting_is_named_with_what_is_allowed(settings, sentence):
 def test_what_is_no_config_is_refused(value):
     with pytest.raises(ConfigError, match="expected a method name or a mapping"):
         parse(value)
+
+
+EVERY_KEY_OF_FREE = {
+    "method": "free",
+    "model": "EXIT",
+    "exit_layer": 3,
+    "num_speculative_tokens": 5,
+    "mode": "verify",
+    "gate": "threshold",
+    "threshold": 0.5,
+    "run_ahead": False,
+    "check_base": False,
+}
+
+
+def test_a_config_of_free_survives_json():
+    config = parse(EVERY_KEY_OF_FREE)
+    assert set(config.to_dict()) == set(EVERY_KEY_OF_FREE)
+    assert parse(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_free_by_name_mapping_and_engine_args_is_one_config():
+    assert parse("free") == parse({"method": "free"}) == FreeConfig()
+    assert parse(engine_args("free")["speculative_config"]) == FreeConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"exit_leyer": 3}, "for method 'free'.*did you mean 'exit_layer'"),
+        ({"exit_layer": 0}, "expected at least 1"),
+        ({"exit_layer": "3"}, "free.exit_layer='3' is a str: expected int or nothing"),
+        ({"mode": "fast"}, "is not a mode: expected verify or exit"),
+        ({"mode": "exit", "gate": "goodput"}, "weighs speed alone"),
+        ({"gate": "entropy"}, "free.gate='entropy' is not a gate: expected"),
+        ({"threshold": 1.5}, r"expected 0\.\.1"),
+        ({"threshold": float("nan")}, r"expected 0\.\.1"),
+        ({"num_speculative_tokens": 17}, r"expected 1\.\.16"),
+        ({"entropy_threshold": 1.0}, "Unknown key"),
+    ],
+)
+def test_a_bad_setting_of_free_is_named_with_what_is_allowed(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        parse({"method": "free", **settings})

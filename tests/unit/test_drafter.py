@@ -1,14 +1,9 @@
 import torch
 
-from vllm_accel.cerberus.drafter import (
-    AHEAD,
-    NO_ROOM,
-    CerberusDrafter,
-    Decoding,
-    StepReport,
-)
+from vllm_accel.cerberus.drafter import CerberusDrafter
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.policy import Always, EntropyThreshold, Never, Unlearning
+from vllm_accel.speculate import AHEAD, NO_ROOM, Decoding, StepReport
 
 HIDDEN, VOCAB = 16, 12
 

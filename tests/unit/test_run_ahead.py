@@ -3,8 +3,8 @@
 import pytest
 
 pytest.importorskip("vllm")
-from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.host.v1.run_ahead import PATIENCE, RunAhead
+from vllm_accel.speculate import StepReport
 
 
 def test_it_runs_ahead_until_a_draft_is_wanted_and_again_after_some_quiet():

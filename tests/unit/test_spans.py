@@ -12,6 +12,7 @@ from vllm_accel.spans import (
     group_size,
     padding_ratio,
     spans_between,
+    table_view,
     view_of,
 )
 from vllm_accel.toy import ToyDecoder
@@ -122,3 +123,14 @@ def test_spans_that_waste_memory_are_refused():
     check_padding(spans_between((6, 12), 22))
     with pytest.raises(ConfigError, match=r"9, 10, 9, 4 layers waste 25 %"):
         check_padding(spans_between((9, 19, 28), 32))
+
+
+def test_a_whole_batch_at_one_go_is_lane_by_lane():
+    lanes = [lane("a", 6, 10), lane("b", 4, 5)]
+    slow = view_of(lanes, ROWS.get, 4)
+    table = np.array([ROWS["a"], [*ROWS["b"], 9]], dtype=np.int32)
+    positions = np.concatenate([each.positions for each in lanes])
+    fast = table_view(table, np.array([4, 1]), positions, 4)
+    for name in ("query_start_loc", "seq_lens", "slot_mapping"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name))
+    assert fast.block_table[0].tolist() == slow.block_table[0].tolist()

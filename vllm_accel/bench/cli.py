@@ -46,7 +46,9 @@ def _decode(options: argparse.Namespace) -> int:
     from vllm_accel.bench.decode import DecodeBench
 
     _check_prompt_sets(options.prompt_sets)
-    settings = methods.Settings(options.model, options.medusa, options.cerberus)
+    settings = methods.Settings(
+        options.model, options.medusa, options.cerberus, options.free
+    )
     by_method = methods.decode_arguments(options.methods, settings)
     _check_readable(options.prompts)
     _with_preloads()
@@ -246,13 +248,14 @@ def _add_decode(kinds: "_Commands") -> None:
         "--synthetic", action="store_true", help="random token ids, always the same"
     )
     add("--medusa", type=Path, help="folder of the heads; default: in or beside the model")
-    add(
-        "--cerberus",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help='more settings for cerberus, such as {"gate": "always"}',
-    )
+    for method, example in (("cerberus", '"gate": "always"'), ("free", '"exit_layer": 3')):
+        add(
+            f"--{method}",
+            type=json_object,
+            default={},
+            metavar="JSON",
+            help=f"more settings for {method}, such as {{{example}}}",
+        )
     add(
         "--batch-sizes",
         type=_wholes,

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_accel.errors import ConfigError
 
-COUNTED = {"cerberus"}
+COUNTED = {"cerberus", "free"}
 """Methods of ours: they count what their gate does."""
 
 PREFILL: dict[str, dict[str, Any]] = {"dense": {}}
@@ -26,11 +26,13 @@ class Settings:
         model: folder or hub id.
         medusa: folder of the heads; None looks in the model's folder and beside it.
         cerberus: keys of its `--speculative-config`.
+        free: the same.
     """
 
     model: str
     medusa: Path | None = None
     cerberus: dict[str, Any] = field(default_factory=dict)
+    free: dict[str, Any] = field(default_factory=dict)
 
 
 def named(names: Sequence[str], known: Sequence[str], baseline: str) -> list[str]:
@@ -59,6 +61,10 @@ def decode_arguments(names: Sequence[str], settings: Settings) -> dict[str, dict
 
 def _cerberus(settings: Settings) -> dict[str, Any]:
     return {"speculative_config": {"method": "cerberus", **settings.cerberus}}
+
+
+def _free(settings: Settings) -> dict[str, Any]:
+    return {"speculative_config": {"method": "free", **settings.free}}
 
 
 def _medusa(settings: Settings) -> dict[str, Any]:
@@ -122,6 +128,7 @@ def _suffix(settings: Settings) -> dict[str, Any]:
 DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "plain": lambda settings: {},
     "cerberus": _cerberus,
+    "free": _free,
     "medusa": _medusa,
     "ngram": _ngram,
     "suffix": _suffix,

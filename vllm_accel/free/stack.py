@@ -112,6 +112,9 @@ class ExitStacks:
     def __len__(self) -> int:
         return len(self._stacks)
 
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._stacks
+
     def open(
         self,
         req_id: str,

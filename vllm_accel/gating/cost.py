@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 State = Mapping[str, Any]
 
 _BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
-_COLUMNS = 10
+_COLUMNS = 13
 
 _FORGET = 0.995
 _ANCHOR = 1e-3
@@ -45,6 +45,12 @@ class StepShape:
     waited: Any = 0
     """1 if it was scheduled after the end of the one before and not while that one ran; 0
     where there is no choice."""
+    shallow_steps: Any = 0
+    """Times the first layers were run alone at its end."""
+    shallow_rows: Any = 0
+    """Rows they were run on."""
+    kept_rows: Any = 0
+    """Rows of its own that skipped the first layers."""
 
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""
@@ -57,6 +63,9 @@ class StepShape:
         columns[:, 7] = np.asarray(self.drafted_for) > 0
         columns[:, 8] = np.asarray(self.drafted_for) / 32
         columns[:, 9] = np.asarray(self.waited)
+        columns[:, 10] = np.asarray(self.shallow_steps) / 4
+        columns[:, 11] = np.asarray(self.shallow_rows) / 32
+        columns[:, 12] = np.asarray(self.kept_rows) / 32
         return columns
 
 

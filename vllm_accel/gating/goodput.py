@@ -62,7 +62,7 @@ class _Step:
 
 
 @dataclass(slots=True)
-class _Load:
+class Load:
     """What was decided at about this many requests."""
 
     closed: bool = False
@@ -108,7 +108,7 @@ class Goodput:
         self._waiting: dict[str, _Waiting] = {}
         self._verdicts: list[tuple[_Waiting, int, int]] = []
         self._step = _Step()
-        self._loads: defaultdict[int, _Load] = defaultdict(_Load)
+        self._loads: defaultdict[int, Load] = defaultdict(Load)
 
     def admit(self, signals: Signals) -> list[bool]:
         """[num_reqs] True where the heads are to run; see `Gate.admit`."""
@@ -218,7 +218,7 @@ class Goodput:
         recent = [self._recent.get(req_id, self._usual) for req_id in signals.req_ids]
         return np.array([signals.entropy.tolist(), recent]).T
 
-    def _wanted(self, features: Floats, load: _Load, *, trying: bool) -> NDArray[np.bool_]:
+    def _wanted(self, features: Floats, load: Load, *, trying: bool) -> NDArray[np.bool_]:
         """[num_reqs] whose heads to run; one of them at most to try a closed gate."""
         repeated = np.repeat(features[:, None], self._draft_tokens, axis=1)
         survival = self._before.probability(repeated).cumprod(axis=1)
@@ -289,7 +289,7 @@ def best_drafts(
     return Drafts([int(n) for n in lengths], float(rates[best] / rates[0]))
 
 
-def _stays_closed(load: _Load) -> bool:
+def _stays_closed(load: Load) -> bool:
     """Most closed steps need no look at the signals while the load is what it was.
 
     A look costs a softmax over the vocabulary, and a closed gate is to cost nothing.
@@ -309,6 +309,6 @@ def _after_features(
     return after
 
 
-def _drafts_by_habit(load: _Load) -> bool:
+def _drafts_by_habit(load: Load) -> bool:
     habit = not load.closed and load.full >= HABIT_AFTER
     return habit and load.same % HABIT_EVERY != 0

@@ -12,17 +12,21 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_accel.cerberus import checkpoint
-from vllm_accel.config import CerberusConfig, parse
+from vllm_accel.config import CerberusConfig, Config, FreeConfig, parse
 from vllm_accel.errors import CheckpointError, ConfigError
 from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import Unlearning, make_gate
 from vllm_accel.host import carrier, compat, metrics, refuse
+from vllm_accel.host.exits import with_exit
 from vllm_accel.host.heads import folder_of
 from vllm_accel.on_disk import location
 
 logger = logging.getLogger("vllm.vllm_accel")
 
-PROPOSER = "vllm_accel.host.v1.proposer.CerberusProposer"
+PROPOSERS = {
+    "cerberus": "vllm_accel.host.v1.proposer.CerberusProposer",
+    "free": "vllm_accel.host.v1.free_proposer.FreeProposer",
+}
 SCHEDULER = "vllm_accel.host.v1.scheduler.AccelScheduler"
 CPU_WORKER = "vllm_accel.host.v1.cpu_worker.AccelCPUWorker"
 GPU_WORKER = "vllm_accel.host.v1.gpu_worker.AccelGPUWorker"
@@ -45,14 +49,17 @@ def switch_on(
     """
     compat.check_version()
     config = parse(settings)
-    refuse.unsupported(engine_args, model_config, parallel_config)
-    config = with_heads(config, model_config)
+    refuse.unsupported(config.method, engine_args, model_config, parallel_config)
+    if isinstance(config, FreeConfig):
+        config = with_exit(config, model_config)
+    else:
+        config = with_heads(config, model_config)
     worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     parallel_config.worker_cls = _ours_or_derived(
-        "worker_cls", parallel_config.worker_cls, worker
+        config.method, "worker_cls", parallel_config.worker_cls, worker
     )
     engine_args.scheduler_cls = _ours_or_derived(
-        "scheduler_cls", engine_args.scheduler_cls, SCHEDULER
+        config.method, "scheduler_cls", engine_args.scheduler_cls, SCHEDULER
     )
     engine_args.additional_config = carrier.loaded(engine_args.additional_config, config)
     engine_args.async_scheduling = False
@@ -121,13 +128,13 @@ def _check_shape(folder: Any, heads: checkpoint.HeadsConfig, model_config: Any) 
             )
 
 
-def _ours_or_derived(name: str, given: Any, ours: str) -> Any:
+def _ours_or_derived(method: str, name: str, given: Any, ours: str) -> Any:
     if given in (None, "auto", ours):
         return ours
     if not _derives(given, ours):
         raise ConfigError(
-            f"{name}={given!r:.80} cannot be used with cerberus: expected none or a class "
-            f"that derives from {ours}; derive it, or switch cerberus off."
+            f"{name}={given!r:.80} cannot be used with {method}: expected none or a class "
+            f"that derives from {ours}; derive it, or switch {method} off."
         )
     return given
 
@@ -141,14 +148,14 @@ def _derives(given: Any, ours: str) -> bool:
 
 
 @contextmanager
-def _as_custom_class(engine_args: EngineArgs, config: CerberusConfig) -> Iterator[None]:
+def _as_custom_class(engine_args: EngineArgs, config: Config) -> Iterator[None]:
     fields = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
     given = {field: getattr(engine_args, field) for field in fields}
     for field in fields:
         setattr(engine_args, field, None)
     engine_args.speculative_config = {
         "method": "custom_class",
-        "model": PROPOSER,
+        "model": PROPOSERS[config.method],
         "num_speculative_tokens": config.num_speculative_tokens,
     }
     try:
@@ -158,16 +165,32 @@ def _as_custom_class(engine_args: EngineArgs, config: CerberusConfig) -> Iterato
             setattr(engine_args, field, value)
 
 
-def _announce(config: CerberusConfig) -> None:
-    below = f" (below {config.entropy_threshold:.3g} nats)"
+def _announce(config: Config) -> None:
     logger.info(
-        "cerberus is on: heads %s, up to %d drafts a step, gate %s%s. %s",
-        config.model or "beside the model",
+        "%s is on: %s, up to %d drafts a step, gate %s. %s",
+        config.method,
+        _what_drafts(config),
         config.num_speculative_tokens,
         config.gate,
-        below if config.gate == "entropy" else "",
-        "Greedy tokens are plain vLLM's."
-        if current_platform.is_cpu()
-        else "On this device plain vLLM runs Model Runner V2 and cerberus V1: whether it "
-        "is faster here has to be measured.",
+        _promise(config),
     )
+
+
+def _promise(config: Config) -> str:
+    if isinstance(config, FreeConfig) and config.mode == "exit":
+        return "Answers may differ from plain vLLM's: drafts are final."
+    if current_platform.is_cpu():
+        return "Greedy tokens are plain vLLM's."
+    return (
+        "On this device plain vLLM runs Model Runner V2 and this V1: whether it is faster "
+        "here has to be measured."
+    )
+
+
+def _what_drafts(config: Config) -> str:
+    if isinstance(config, FreeConfig):
+        trained = f", exit {config.model}" if config.model else ""
+        return f"the first {config.exit_layer} layers{trained}"
+    below = f" (below {config.entropy_threshold:.3g} nats)"
+    heads = config.model or "beside the model"
+    return f"heads {heads}{below if config.gate == 'entropy' else ''}"

@@ -7,12 +7,12 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_accel.config import CerberusConfig, parse
+from vllm_accel.config import Config, parse
 
 KEY = "vllm_accel"
 
 
-def loaded(additional_config: dict[str, Any] | None, config: CerberusConfig) -> dict:
+def loaded(additional_config: dict[str, Any] | None, config: Config) -> dict:
     """The user's additional config with ours put in."""
     return {**(additional_config or {}), KEY: config.to_dict()}
 
@@ -22,6 +22,6 @@ def is_loaded(vllm_config: VllmConfig) -> bool:
     return KEY in vllm_config.additional_config
 
 
-def unloaded(vllm_config: VllmConfig) -> CerberusConfig:
+def unloaded(vllm_config: VllmConfig) -> Config:
     """Our config, in whichever process this is."""
     return parse(vllm_config.additional_config[KEY])

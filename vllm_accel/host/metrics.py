@@ -32,6 +32,8 @@ HELP = {
     "vllm:accel_draft_length": "Decoding requests and steps by tokens drafted.",
     "vllm:accel_drafted_tokens": "Draft tokens the target verified.",
     "vllm:accel_accepted_tokens": "Draft tokens the target agreed with.",
+    "vllm:accel_final_tokens": "Output tokens that left at free's exit, in mode exit.",
+    "vllm:accel_final_agreed_tokens": "Those the deep layers would have chosen too.",
     "vllm:accel_draft_seconds": "Time spent deciding whether to draft and drafting.",
     "vllm:accel_request_steps": "Steps in which a request was given output tokens.",
     "vllm:accel_output_tokens": "Output tokens given to requests.",

@@ -6,20 +6,34 @@ from typing import Any
 
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_accel.errors import UnsupportedHost
 
+SPANNED = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+}
+"""Architectures whose layers `host.decoder` knows how to call."""
 
-def unsupported(engine_args: EngineArgs, model_config: Any, parallel_config: Any) -> None:
+
+def unsupported(
+    method: str, engine_args: EngineArgs, model_config: Any, parallel_config: Any
+) -> None:
     """Refuses the first combination that cannot work.
 
     Raises:
         UnsupportedHost: with what was asked for and what to do instead.
     """
-    for asked, found, instead in _checks(engine_args, model_config, parallel_config):
+    checks = _checks(engine_args, model_config, parallel_config)
+    if method == "free":
+        checks += _checks_of_free(engine_args, model_config, parallel_config)
+    for asked, found, instead in checks:
         if found:
             raise UnsupportedHost(
-                f"cerberus does not work with {asked} yet: expected {instead}; change that "
+                f"{method} does not work with {asked} yet: expected {instead}; change that "
                 "or serve without --speculative-config."
             )
 
@@ -88,6 +102,42 @@ def _checks(
             "Model Runner V2",
             bool(envs.VLLM_USE_V2_MODEL_RUNNER),
             "VLLM_USE_V2_MODEL_RUNNER unset",
+        ),
+    ]
+
+
+def _checks_of_free(
+    engine_args: EngineArgs, model_config: Any, parallel_config: Any
+) -> list[tuple[str, bool, str]]:
+    """What only spans of layers cannot do."""
+    names = model_config.architectures
+    return [
+        (
+            f"models like {', '.join(names)}",
+            not SPANNED.intersection(names),
+            ", ".join(sorted(SPANNED)),
+        ),
+        (
+            "tensor parallelism",
+            parallel_config.tensor_parallel_size > 1,
+            "--tensor-parallel-size 1",
+        ),
+        (
+            "data parallelism",
+            parallel_config.data_parallel_size > 1,
+            "--data-parallel-size 1",
+        ),
+        ("mixtures of experts", bool(model_config.is_moe), "a dense model"),
+        ("devices other than CPUs", not current_platform.is_cpu(), "a CPU"),
+        (
+            "context parallelism",
+            parallel_config.decode_context_parallel_size > 1,
+            "--decode-context-parallel-size 1",
+        ),
+        (
+            "prompt embeddings",
+            bool(engine_args.enable_prompt_embeds),
+            "no --enable-prompt-embeds",
         ),
     ]
 

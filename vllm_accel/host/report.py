@@ -7,8 +7,8 @@ survives the pickling between the two processes.
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.gating.cost import StepShape
+from vllm_accel.speculate import StepReport
 
 _ATTRIBUTE = "vllm_accel"
 

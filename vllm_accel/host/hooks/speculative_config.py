@@ -50,7 +50,16 @@ def apply() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-_OUR_KEYS = {"gate", "gate_state", "entropy_threshold", "run_ahead", "check_base"}
+_OUR_KEYS = {
+    "gate",
+    "gate_state",
+    "entropy_threshold",
+    "run_ahead",
+    "check_base",
+    "exit_layer",
+    "mode",
+    "threshold",
+}
 
 
 def _refuse_our_keys(method: Any, settings: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.host.report import StepTime
+from vllm_accel.speculate import StepReport
 
 
 class StepClock:
@@ -19,12 +20,12 @@ class StepClock:
         self._ended: float | None = None
 
     def end(
-        self, scheduler_output: Any, drafted_for: int, *, waited: bool, busy: bool
+        self, scheduler_output: Any, report: StepReport, *, waited: bool, busy: bool
     ) -> StepTime | None:
         """Ends a step; gives its time if the engine was at nothing else meanwhile.
 
         Args:
-            drafted_for: requests the heads ran for.
+            report: what the worker did besides.
             waited: see `StepShape`.
             busy: there is more to do, so that the next step follows at once.
         """
@@ -32,11 +33,11 @@ class StepClock:
         began, self._ended = self._ended, now if busy else None
         if began is None or not scheduler_output.total_num_scheduled_tokens:
             return None
-        shape = shape_of(scheduler_output, drafted_for, waited=waited)
+        shape = shape_of(scheduler_output, report, waited=waited)
         return StepTime(shape, now - began)
 
 
-def shape_of(scheduler_output: Any, drafted_for: int, *, waited: bool) -> StepShape:
+def shape_of(scheduler_output: Any, report: StepReport, *, waited: bool) -> StepShape:
     """What a step had to do."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
     new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
@@ -48,4 +49,13 @@ def shape_of(scheduler_output: Any, drafted_for: int, *, waited: bool) -> StepSh
     ]
     rows = sum(decoding)
     prefill = scheduler_output.total_num_scheduled_tokens - rows
-    return StepShape(rows, len(decoding), prefill, drafted_for, int(waited))
+    return StepShape(
+        rows,
+        len(decoding),
+        prefill,
+        report.drafted_for,
+        int(waited),
+        report.shallow_steps,
+        report.shallow_rows,
+        report.kept_rows,
+    )

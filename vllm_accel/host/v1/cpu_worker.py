@@ -3,7 +3,7 @@
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_accel.host.hooks import cpu_expand
-from vllm_accel.host.v1.runner import dress
+from vllm_accel.host.v1.dress import dress
 
 
 class AccelCPUWorker(CPUWorker):

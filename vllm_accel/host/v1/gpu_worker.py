@@ -2,7 +2,7 @@
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_accel.host.v1.runner import dress
+from vllm_accel.host.v1.dress import dress
 
 
 class AccelGPUWorker(Worker):

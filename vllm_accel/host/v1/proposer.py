@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_accel.cerberus import checkpoint
-from vllm_accel.cerberus.drafter import CerberusDrafter, Choose, Decoding, StepReport
+from vllm_accel.cerberus.drafter import CerberusDrafter, Choose
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.memory import GateMemory
 from vllm_accel.gating.policy import Always, LearningGate, Unlearning, make_gate
@@ -22,7 +22,7 @@ from vllm_accel.host.compiled import compiled
 from vllm_accel.host.heads import folder_of
 from vllm_accel.host.report import StepTime
 from vllm_accel.on_disk import base_model, location
-from vllm_accel.speculate import Verdict
+from vllm_accel.speculate import Decoding, StepReport, Verdict
 
 logger = logging.getLogger("vllm.vllm_accel")
 

@@ -1,6 +1,6 @@
 """Whether the next step is scheduled before this one's output is in."""
 
-from vllm_accel.cerberus.drafter import StepReport
+from vllm_accel.speculate import StepReport
 
 PATIENCE = 4
 """Steps in which the gate wanted no draft before the engine runs ahead again.

@@ -1,9 +1,9 @@
-"""Our part of Model Runner V1: hidden states to the heads, verdicts back.
+"""Our part of Model Runner V1: drafts out, verdicts back, whatever drafts.
 
 Mixed into whichever runner class vLLM built for the device (see `dress`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,13 +13,12 @@ from torch import Tensor
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_accel.cerberus.drafter import Decoding, StepReport
-from vllm_accel.host.report import attach, attached
+from vllm_accel.host.report import Orders, attach, attached
 from vllm_accel.host.v1 import greedy as greedy_path
-from vllm_accel.speculate import DraftBook, draft_room
+from vllm_accel.speculate import Decoding, DraftBook, StepReport, Verdict, draft_room
 
 
-class CerberusRunnerMixin:
+class DraftingRunnerMixin:
     """Overrides of GPUModelRunner (vllm/v1/worker/gpu_model_runner.py, 0.32)."""
 
     def start_drafting(self) -> None:
@@ -112,21 +111,10 @@ class CerberusRunnerMixin:
         self._book.keep_only(self.requests)
         orders = attached(scheduler_output)
         self.drafter.start_step(orders.measured, self.requests)
-        self._settle(scheduler_output.scheduled_spec_decode_tokens, sampled_token_ids)
+        self._settle(scheduler_output, sampled_token_ids)
         num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
-        requests = Decoding(
-            req_ids=self.input_batch.req_ids,
-            rows=list(last_accepted_rows(num_rows, sampled_token_ids)),
-            next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
-            room=[self._room(i) for i in range(len(sampled_token_ids))],
-        )
-        drafts = self.drafter.propose(
-            requests,
-            sample_hidden_states,
-            self._target_logits,
-            self._report,
-            may_draft=orders.may_draft,
-        )
+        rows = list(last_accepted_rows(num_rows, sampled_token_ids))
+        drafts = self._draft(rows, sampled_token_ids, sample_hidden_states, orders)
         for i, draft in enumerate(drafts):
             if draft:
                 self._book.note(self.input_batch.req_ids[i], self._num_tokens(i), draft)
@@ -134,10 +122,23 @@ class CerberusRunnerMixin:
         self._report.drafts = drafts
         return drafts
 
-    def _settle(
-        self, scheduled: dict[str, list[int]], sampled_token_ids: list[list[int]]
-    ) -> None:
-        for req_id, draft in scheduled.items():
+    def _draft(
+        self,
+        rows: Sequence[int],
+        sampled_token_ids: list[list[int]],
+        sample_hidden_states: Tensor,
+        orders: Orders,
+    ) -> list[list[int]]:
+        """Draft tokens per request of the batch; `rows` as `last_accepted_rows` says."""
+        raise NotImplementedError
+
+    def _learn(self, verdict: Verdict) -> None:
+        """Takes a verdict in."""
+        self._report.add_verdict(verdict)
+
+    def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
+        """Matches what was sampled with what was drafted."""
+        for req_id, draft in scheduler_output.scheduled_spec_decode_tokens.items():
             i = self.input_batch.req_id_to_index[req_id]
             num_sampled = len(sampled_token_ids[i])
             if num_sampled == 0:
@@ -145,8 +146,7 @@ class CerberusRunnerMixin:
             position = self._num_tokens(i) - num_sampled
             verdict = self._book.settle(req_id, position, draft, num_sampled)
             if verdict is not None:
-                self._report.add_verdict(verdict)
-                self.drafter.learn(verdict)
+                self._learn(verdict)
 
     def _num_tokens(self, i: int) -> int:
         """Tokens of request `i`, those sampled in this step included."""
@@ -173,11 +173,32 @@ def last_accepted_rows(
         yield first + len(token_ids) - 1 if token_ids else -1
 
 
-def dress(runner: Any) -> None:
-    """Gives one runner our overrides, whatever class the device's worker made it of."""
-    runner.__class__ = type(
-        f"Cerberus{type(runner).__name__}",
-        (CerberusRunnerMixin, type(runner)),
-        {"__module__": __name__},
-    )
-    runner.start_drafting()
+class CerberusRunnerMixin(DraftingRunnerMixin):
+    """Hands the hidden states to the heads."""
+
+    def _draft(
+        self,
+        rows: Sequence[int],
+        sampled_token_ids: list[list[int]],
+        sample_hidden_states: Tensor,
+        orders: Orders,
+    ) -> list[list[int]]:
+        """See `DraftingRunnerMixin._draft`."""
+        requests = Decoding(
+            req_ids=self.input_batch.req_ids,
+            rows=rows,
+            next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
+            room=[self._room(i) for i in range(len(rows))],
+        )
+        return self.drafter.propose(
+            requests,
+            sample_hidden_states,
+            self._target_logits,
+            self._report,
+            may_draft=orders.may_draft,
+        )
+
+    def _learn(self, verdict: Verdict) -> None:
+        """See `DraftingRunnerMixin._learn`; the gate learns too."""
+        super()._learn(verdict)
+        self.drafter.learn(verdict)

@@ -9,7 +9,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.host import carrier
 from vllm_accel.host.hooks import run_ahead
 from vllm_accel.host.metrics import CounterFile
@@ -17,6 +16,8 @@ from vllm_accel.host.report import Orders, StepTime, attach, attached
 from vllm_accel.host.v1.clock import StepClock
 from vllm_accel.host.v1.run_ahead import RunAhead
 from vllm_accel.host.v1.summary import Summary
+from vllm_accel.paging import num_pages
+from vllm_accel.speculate import StepReport
 
 
 class AccelScheduler(AsyncScheduler):
@@ -31,12 +32,13 @@ class AccelScheduler(AsyncScheduler):
     ) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         self._never_pad()
-        self._counters = CounterFile(self.vllm_config, "cerberus")
-        self._summary = Summary()
+        config = carrier.unloaded(vllm_config)
+        if config.method == "free":
+            self._look_ahead(config.num_speculative_tokens)
+        self._counters = CounterFile(self.vllm_config, config.method)
+        self._summary = Summary(config.method)
         self._clock = StepClock()
-        self.can_run_ahead = carrier.unloaded(vllm_config).run_ahead and _can_queue(
-            vllm_config, kv_cache_config
-        )
+        self.can_run_ahead = config.run_ahead and _can_queue(vllm_config, kv_cache_config)
         self._run_ahead = RunAhead(allowed=self.can_run_ahead)
         run_ahead.apply()
         self._measured: list[StepTime] = []
@@ -50,6 +52,18 @@ class AccelScheduler(AsyncScheduler):
         out to have none.
         """
         self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
+
+    def _look_ahead(self, count: int) -> None:
+        """Reserves slots behind what is scheduled, for tokens drafted after the step.
+
+        Also in what was computed of it: blocks to leave free for requests that decode.
+        """
+        self.num_lookahead_tokens = count
+        rows = 1 + self.num_spec_tokens + count
+        self._spec_decode_step_blocks = sum(
+            num_pages(rows, manager.block_size)
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+        )
 
     @property
     def runs_ahead(self) -> bool:
@@ -101,7 +115,7 @@ class AccelScheduler(AsyncScheduler):
         busy = self.has_unfinished_requests()
         measured = self._clock.end(
             scheduler_output,
-            drafted_for=0 if report is None else report.drafted_for,
+            StepReport() if report is None else report,
             waited=attached(scheduler_output).waited,
             busy=busy,
         )
@@ -129,6 +143,8 @@ class AccelScheduler(AsyncScheduler):
             add("vllm:accel_draft_length", amount, length=str(length))
         add("vllm:accel_drafted_tokens", report.drafted)
         add("vllm:accel_accepted_tokens", report.accepted)
+        add("vllm:accel_final_tokens", report.final)
+        add("vllm:accel_final_agreed_tokens", report.final_agreed)
         add("vllm:accel_draft_seconds", report.draft_seconds)
         add("vllm:accel_request_steps", len(given))
         add("vllm:accel_output_tokens", sum(given))

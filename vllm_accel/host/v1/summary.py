@@ -3,9 +3,9 @@
 import logging
 import time
 
-from vllm_accel.cerberus.drafter import StepReport
 from vllm_accel.gating.benefit import Benefit
 from vllm_accel.host.report import StepTime
+from vllm_accel.speculate import StepReport
 
 logger = logging.getLogger("vllm.vllm_accel")
 
@@ -15,7 +15,8 @@ _INTERVAL_S = 10.0
 class Summary:
     """Adds up steps and says every ten seconds what they gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: str) -> None:
+        self._method = method
         self._benefit = Benefit()
         self._start_interval()
 
@@ -41,8 +42,9 @@ class Summary:
         if time.monotonic() - self._since < _INTERVAL_S or not self._steps:
             return
         logger.info(
-            "cerberus: %.2f tokens per request and step (plain: 1), gate open %.0f %%, "
+            "%s: %.2f tokens per request and step (plain: 1), gate open %.0f %%, "
             "%.0f %% of %d drafted tokens accepted; %s",
+            self._method,
             self._tokens / self._steps,
             100 * self._open / max(1, self._decisions),
             100 * self._accepted / max(1, self._drafted),

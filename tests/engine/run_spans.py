@@ -1,0 +1,143 @@
+"""Spans of vLLM's own Llama on vLLM's CPU attention, without an engine around them.
+
+python run_spans.py FOLDER DTYPE EAGER: two requests have a prompt; then five tokens of
+each go through the whole model, and, on the same prompts again, through the first layers
+one by one and through the others at once. Prints RESULT and what came out alike.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_accel.host.decoder import Decoder
+from vllm_accel.host.v1.span_context import context_of
+from vllm_accel.spans import Span
+from vllm_accel.testing import write_tiny_model
+
+LAYERS, BLOCK, HEADS, WIDTH = 4, 32, 2, 32
+PROMPTS, DRAFTED = (30, 17), 4  # the first request's new tokens begin a page
+TABLE = np.array([[1, 3], [2, 5]], dtype=np.int32)
+TOKENS = torch.randint(1, 64, (2, 40), generator=torch.manual_seed(0)).int()
+
+
+class Model:
+    """A tiny model with a cache, and contexts to run it in."""
+
+    def __init__(self, folder, dtype, eager):
+        model = write_tiny_model(folder / "model", layers=LAYERS)
+        self.config = EngineArgs(
+            model=str(model), enforce_eager=eager, dtype=dtype, skip_tokenizer_init=True
+        ).create_engine_config()
+        with set_current_vllm_config(self.config):
+            init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+            initialize_model_parallel(1)
+            self.model = get_model(vllm_config=self.config)
+            self.layers = self.config.compilation_config.static_forward_context
+            self._make_cache(getattr(torch, dtype))
+        self.decoder = Decoder(self.model, self.config)
+
+    def _make_cache(self, dtype):
+        for layer in self.layers.values():
+            layer.kv_cache = torch.zeros(8, HEADS, BLOCK, 2 * WIDTH, dtype=dtype)
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=HEADS, head_size=WIDTH, dtype=dtype
+        )
+        group = AttentionGroup(CPUAttentionBackend, list(self.layers), spec, 0)
+        group.create_metadata_builders(self.config, torch.device("cpu"), BLOCK)
+        table = SimpleNamespace(get_numpy_array=lambda: TABLE, block_size=BLOCK)
+        self.runner = SimpleNamespace(
+            attn_groups=[[group]],
+            vllm_config=self.config,
+            input_batch=SimpleNamespace(block_table=[table]),
+        )
+
+    def rows(self, firsts, count):
+        """Tokens, positions and context of `count` tokens of each request."""
+        positions = np.concatenate([np.arange(first, first + count) for first in firsts])
+        tokens = [TOKENS[i, first : first + count] for i, first in enumerate(firsts)]
+        lens = np.full(2, count)
+        context = context_of(self.runner, np.arange(2), lens, positions)
+        return torch.cat(tokens), torch.from_numpy(positions), context
+
+    def whole(self, firsts, count):
+        tokens, positions, context = self.rows(firsts, count)
+        with override_forward_context(context):
+            return self.model.model(tokens, positions, None)
+
+    def prefill(self):
+        for layer in self.layers.values():
+            layer.kv_cache.zero_()
+        positions = np.concatenate([np.arange(n) for n in PROMPTS])
+        tokens = torch.cat([TOKENS[i, :n] for i, n in enumerate(PROMPTS)])
+        context = context_of(self.runner, np.arange(2), np.array(PROMPTS), positions)
+        with override_forward_context(context):
+            self.model.model(tokens, torch.from_numpy(positions), None)
+
+    def cache(self):
+        return [layer.kv_cache.clone() for layer in self.layers.values()]
+
+
+def from_the_exit(made, exit_layer):
+    """The five tokens of each, drafted and gone on from; and the deep cache between."""
+    shallow, deep = Span(0, LAYERS).split(exit_layer)
+    states = []
+    for step in range(1 + DRAFTED):
+        tokens, positions, context = made.rows([n + step for n in PROMPTS], 1)
+        with override_forward_context(context):
+            states.append(made.decoder.run(shallow, tokens, None, positions))
+    between = made.cache()[exit_layer:]
+    hidden, residual = (
+        torch.stack(part, 1).flatten(0, 1) for part in zip(*states, strict=True)
+    )
+    _, positions, context = made.rows(PROMPTS, 1 + DRAFTED)
+    with override_forward_context(context):
+        return made.decoder.run(deep, hidden, residual, positions)[0], between
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@torch.inference_mode()
+def main(folder, dtype, eager):
+    made = Model(folder, dtype, eager)
+    if not eager:  # vLLM compiles the whole for any number of rows when it warms up
+        with override_forward_context(create_forward_context(None, made.config)):
+            made.model.model(torch.arange(16).int(), torch.arange(16), None)
+    made.prefill()
+    before = made.cache()
+    expected, cache = made.whole(PROMPTS, 1 + DRAFTED), made.cache()
+    alike = {}
+    for exit_layer in (1, 3):
+        made.prefill()
+        found, between = from_the_exit(made, exit_layer)
+        alike[exit_layer] = {
+            "states": torch.equal(found, expected),
+            "largest_difference": (found - expected).abs().max().item(),
+            "cache": equal(made.cache(), cache),
+            "deep_layers_untouched": equal(between, before[exit_layer:]),
+        }
+    sys.stdout.write(f"RESULT {json.dumps(alike)}\n")
+
+
+if __name__ == "__main__":
+    _set_torch_accelerator_to_noop()
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "eager")
+    sys.stdout.flush()
+    os._exit(0)  # the process group has nobody to say good-bye to

@@ -1,0 +1,40 @@
+"""Who may have final drafts, and what the sampler is shown of them."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from vllm_accel.host.v1 import final
+
+
+def test_a_row_with_a_draft_allows_nothing_else():
+    logits = torch.randn(5, 7)
+    shown = final.only_drafts(logits, torch.tensor([1, 2]), torch.tensor([3, 6]))
+    assert shown.argmax(dim=-1)[[1, 2]].tolist() == [3, 6]
+    assert shown.softmax(dim=-1)[1, 3] == 1
+    assert torch.equal(shown[[0, 3, 4]], logits[[0, 3, 4]])
+
+
+def test_a_plainly_greedy_request_may():
+    assert final.allowed(SamplingParams(temperature=0, max_tokens=9, stop=["x"]))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.7},
+        {"logprobs": 1},
+        {"structured_outputs": StructuredOutputsParams(regex="a+")},
+        {"allowed_token_ids": [1, 2]},
+        {"bad_words": ["no"]},
+        {"logit_bias": {1: 2.0}},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"extra_args": {"early_exit": False}},
+    ],
+)
+def test_any_other_request_goes_through_all_layers(params):
+    assert not final.allowed(SamplingParams(**({"temperature": 0} | params)))

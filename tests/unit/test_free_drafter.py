@@ -1,0 +1,187 @@
+"""A drafting step of FREE, and who ends it."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_accel import ConfigError
+from vllm_accel.free.drafter import FreeDrafter, Stackable
+from vllm_accel.free.exit_head import ExitAdapter, ExitHead
+from vllm_accel.free.gates import (
+    MOST_UPDATES,
+    ExitGate,
+    LearntThreshold,
+    Never,
+    Threshold,
+    make_gate,
+)
+from vllm_accel.free.resume import split
+from vllm_accel.free.stack import ExitStacks, Seen
+from vllm_accel.speculate import AHEAD, NO_ROOM, StepReport
+
+WIDTH, VOCAB = 6, 8
+ALWAYS = Threshold(-1.0, "always")
+
+
+class Model:
+    """A shallow model that says token + 1, ever less surely the further it goes."""
+
+    def __init__(self):
+        self.steps = []
+        self.head = ExitHead(ExitAdapter("none", 0, 0), lambda x: x, self._logits)
+
+    def shallow(self, rows):
+        self.steps.append(list(zip(rows.req_ids, rows.positions, strict=True)))
+        states = torch.zeros(len(rows.req_ids), 2 * WIDTH)
+        states[:, 0] = torch.tensor(rows.token_ids) + 1
+        states[:, WIDTH + 1] = 5.0 - torch.tensor([p % 10 for p in rows.positions])
+        return states
+
+    def _logits(self, states):
+        sharp = states[:, 1:2].clamp(min=0.1)
+        return sharp * torch.nn.functional.one_hot(states[:, 0].long() % VOCAB, VOCAB)
+
+
+def drafter(gate, cap=4):
+    model = Model()
+    stacks = ExitStacks(cap=cap, max_reqs=4, state_width=2 * WIDTH)
+    return model, FreeDrafter(stacks, model.head, gate)
+
+
+def two(room=(9, 9), rows=(0, 1)):
+    return Stackable(
+        req_ids=["a", "b"],
+        rows=rows,
+        next_tokens=[1, 3],
+        room=room,
+        positions=[10, 20],
+        stop_token_ids=[(), {5}],
+    )
+
+
+def test_requests_are_drafted_for_together_until_each_has_its_end():
+    model, free = drafter(ALWAYS)
+    report = StepReport()
+    drafts = free.draft(two(room=(3, 9)), model.shallow, report)
+    assert drafts == [[2, 3, 4], [4, 5]]  # the room of one, a stop token of the other
+    assert model.steps == [[("a", 10), ("b", 20)], [("a", 11), ("b", 21)], [("a", 12)]]
+    assert report.draft_lengths == {3: 1, 2: 1}
+    assert report.gate["open", "always"] == report.drafted_for == 2
+
+
+def test_a_threshold_ends_a_draft_at_the_first_doubt():
+    model, free = drafter(Threshold(0.8))
+    assert free.draft(two(), model.shallow, StepReport()) == [[2, 3], [4, 5]]
+    assert len(model.steps) == 3  # the doubtful row is run, and kept
+    assert len(free.stacks.kept_rows("a", 10, [1, 2, 3])) == 3
+
+
+def test_a_closed_gate_runs_no_layer():
+    model, free = drafter(Never())
+    report = StepReport()
+    assert free.draft(two(), model.shallow, report) == [[], []]
+    assert (model.steps, len(free.stacks)) == ([], 0)
+    assert report.gate["closed", "never"] == 2
+
+
+def test_a_step_that_runs_ahead_drafts_nothing_and_says_who_wanted_to():
+    model, free = drafter(ALWAYS)
+    report = StepReport()
+    free.draft(two(), model.shallow, report, may_draft=False)
+    assert model.steps == []
+    assert report.gate["closed", AHEAD] == report.wanted == 2
+
+
+def test_no_room_and_no_token_are_told_apart():
+    model, free = drafter(ALWAYS)
+    report = StepReport()
+    drafts = free.draft(two(room=(0, 3), rows=(0, -1)), model.shallow, report)
+    assert drafts == [[], []]
+    assert report.gate["closed", NO_ROOM] == 1
+    assert report.asked == 0
+
+
+class TwoSteps(Threshold):
+    """Ends the drafting of all after two shallow steps."""
+
+    def __init__(self):
+        super().__init__(-1.0, "two_steps")
+        self._steps = 0
+
+    def goes_on(self, req_ids):
+        self._steps += 1
+        return self._steps < 2
+
+
+def test_the_gate_may_end_the_drafting_of_all():
+    model, free = drafter(TwoSteps())
+    assert free.draft(two(), model.shallow, StepReport()) == [[2, 3], [4, 5]]
+    assert len(model.steps) == 2
+
+
+def test_rows_are_told_apart_by_what_is_known_of_them():
+    model, free = drafter(ALWAYS)
+    free.draft(two(room=(3, 9)), model.shallow, StepReport())
+    # A prompt's rows, then all of a's, the last draft without a state, then b's, cut.
+    tokens = np.array([7, 7, 7, 1, 2, 3, 4, 3, 4])
+    rows = split(free.stacks, ["new", "a", "b"], [0, 3, 7, 9], [0, 10, 20], tokens)
+    assert rows.kept.tolist() == [3, 4, 5, 7, 8]
+    assert rows.rest.tolist() == [0, 1, 2, 6]
+    assert rows.requests.tolist() == [0, 1]
+    assert rows.lens.tolist() == [3, 1]
+    kept = free.stacks.states[torch.from_numpy(rows.states), 0].tolist()
+    assert kept == [2, 3, 4, 4, 5]
+
+
+def test_nothing_is_kept_at_another_position_or_of_another_token():
+    model, free = drafter(ALWAYS)
+    free.draft(two(), model.shallow, StepReport())
+    assert split(free.stacks, ["a", "b"], [0, 1, 2], [11, 20], np.array([1, 9])) is None
+
+
+def seen(*pairs):
+    confidence, agree = zip(*pairs, strict=True)
+    return Seen("a", 1, list(confidence), list(agree))
+
+
+def test_the_learnt_threshold_moves_when_a_sequence_begins():
+    gate = LearntThreshold()
+    first = gate.threshold
+    gate.admit(["a"], 1)
+    gate.learn(seen(*[(0.5 + 0.04 * i, True) for i in range(10)], (0.1, False)))
+    gate.admit(["a"], 1)
+    assert gate.threshold == first
+    gate.admit(["a", "b"], 2)
+    assert gate.threshold < first
+    assert gate.updates == 1
+
+
+def test_a_stack_without_a_draft_teaches_the_published_estimator_nothing():
+    gate = LearntThreshold()
+    gate.learn(Seen("a", 0, [0.99], [False]))
+    gate.admit(["a"], 1)
+    assert gate.updates == 0
+
+
+def test_the_published_estimator_is_frozen_after_so_many_sequences():
+    gate = LearntThreshold()
+    gate.learn(seen((0.9, True), (0.2, False)))
+    for i in range(MOST_UPDATES + 5):
+        gate.admit([str(i)], 1)
+        gate.keep_only({str(i)})
+    assert gate.updates == MOST_UPDATES
+
+
+@pytest.mark.parametrize(
+    "name", ["goodput", "beta_mixture", "threshold", "always", "never"]
+)
+def test_a_name_makes_a_gate(name):
+    gate = make_gate(name, draft_tokens=4, threshold=0.5)
+    assert isinstance(gate, ExitGate)
+    assert gate.reason == name
+
+
+@pytest.mark.parametrize("path", ["no.such:Gate", "vllm_accel.testing:RandomGate"])
+def test_what_is_no_gate_is_refused(path):
+    with pytest.raises(ConfigError, match="expected"):
+        make_gate(path, draft_tokens=4, threshold=0.5)

@@ -1,0 +1,107 @@
+"""One drafting step of FREE: shallow layers token by token, for the requests still sure.
+
+The engine's adapter runs the layers; whom to draft for, how far, and what is kept for the
+deep layers is decided here, on plain tensors.
+"""
+
+import time
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_accel.free.exit_head import ExitHead, ExitSignals
+from vllm_accel.free.gates import ExitGate
+from vllm_accel.free.stack import ExitStacks, ShallowRows
+from vllm_accel.speculate import Decoding, Opening, StepReport
+
+Shallow = Callable[[ShallowRows], Tensor]
+"""Runs the layers before the exit: states [rows, 2 * hidden_size], of each row what the
+last of them hands on and its residual, side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stackable(Decoding):
+    """The requests of a step, with what a stack needs to know."""
+
+    positions: Sequence[int]
+    """Index in the sequence of the token in `next_tokens`."""
+    stop_token_ids: Sequence[Container[int]]
+    """Tokens that end the request."""
+
+
+class FreeDrafter:
+    """Drafts for the requests whose gate is open.
+
+    Args:
+        stacks: where drafts and exit states wait for the deep layers.
+        head: what the model would say at the exit.
+        gate: decides whom to draft for, and how far.
+    """
+
+    def __init__(self, stacks: ExitStacks, head: ExitHead, gate: ExitGate) -> None:
+        self.stacks = stacks
+        self._head = head
+        self._gate = gate
+        self._opening = Opening()
+
+    def draft(
+        self,
+        step: Stackable,
+        shallow: Shallow,
+        report: StepReport,
+        *,
+        may_draft: bool = True,
+    ) -> list[list[int]]:
+        """Draft tokens per request, at most as many as it has room for.
+
+        Args:
+            report: gains this step's decisions.
+            may_draft: False asks the gate, and runs no layer.
+        """
+        began = time.perf_counter()
+        self._open(step, report, may_draft)
+        while rows := self.stacks.next_rows():
+            self._shallow_step(rows, shallow)
+            report.shallow_steps += 1
+            report.shallow_rows += len(rows.req_ids)
+        drafts = [self.stacks.drafts(req_id) for req_id in step.req_ids]
+        report.draft_lengths.update(
+            len(draft) for draft, row in zip(drafts, step.rows, strict=True) if row >= 0
+        )
+        report.draft_seconds = time.perf_counter() - began
+        return drafts
+
+    def _open(self, step: Stackable, report: StepReport, may_draft: bool) -> None:
+        def admit(able: list[int], decoding: int) -> list[bool]:
+            return self._gate.admit([step.req_ids[i] for i in able], decoding)
+
+        opened = self._opening.requests(
+            step, admit, self._gate.reason, report, may_draft=may_draft
+        )
+        for i in opened:
+            self.stacks.open(
+                step.req_ids[i],
+                step.positions[i],
+                step.next_tokens[i],
+                step.room[i],
+                step.stop_token_ids[i],
+            )
+
+    def _shallow_step(self, rows: ShallowRows, shallow: Shallow) -> None:
+        states = shallow(rows)
+        said = ExitSignals(self._head.logits(exit_states(states)), rows.req_ids)
+        exits = self._gate.exits(said)
+        confidence = said.confidence.tolist()
+        self.stacks.push(rows, states, said.token_ids.tolist(), confidence, exits)
+        going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]
+        if not self._gate.goes_on(going_on):
+            self.stacks.close(going_on)
+
+
+def exit_states(
+    states: Tensor,  # [rows, 2 * hidden_size]
+) -> Tensor:
+    """[rows, hidden_size]: what the layer hands on and its residual, added."""
+    handed_on, residual = states.chunk(2, dim=-1)
+    return handed_on + residual

@@ -1,0 +1,230 @@
+"""The `goodput` gate of FREE: shallow steps while they are worth their measured time.
+
+A shallow step costs its own time and one more row for the deep layers, and gives a token
+if shallow and deep model agree on it and on all before it. Both sides are learnt while
+serving: the chance from the shallow model's confidence, the time by `gating.cost`. The
+gate goes on while a second spent on it gives more tokens than a second does at the best
+rate in sight (renewal-reward).
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_accel.free.exit_head import ExitSignals
+from vllm_accel.free.stack import Seen
+from vllm_accel.gating.calibrators import Floats, OnlineLogistic
+from vllm_accel.gating.cost import StepCost, StepShape
+from vllm_accel.gating.goodput import RECONSIDER_EVERY, REOPEN_GAIN, Load
+
+_STACKS_AT_ONCE = 16
+_RECENT = 0.1
+_USUAL = 0.6
+_PRIOR = (-1.0, 0.8, 2.0)
+"""Log odds that both agree: constant, per log odds of confidence, per recent share."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is being drafted now."""
+
+    requests: int = 0
+    """That decode."""
+    opened: int = 0
+    trying: bool = False
+    noted: bool = False
+    rate: float = 0.0
+    """Tokens per second of the best plan."""
+    shallow_steps: int = 0
+    shallow_rows: int = 0
+    drafted: int = 0
+    survival: dict[str, float] = field(default_factory=dict)
+    """Per request, the chance that its drafts so far stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How many of the likeliest requests to open, and what that gives."""
+
+    opened: int
+    rate: float
+    gain: float
+    """Tokens per second over those of a plain step."""
+
+
+class ExitGoodput:
+    """Decides by expected tokens per second.
+
+    Args:
+        draft_tokens: most tokens drafted per request.
+    """
+
+    reason = "goodput"
+
+    def __init__(self, draft_tokens: int) -> None:
+        self.cost = StepCost()
+        self._draft_tokens = draft_tokens
+        self._odds = OnlineLogistic(np.array([_PRIOR]))
+        self._recent: dict[str, float] = {}
+        self._usual = _USUAL
+        self._prefill = 0.0
+        self._seen: list[tuple[float, Seen]] = []
+        self._loads: defaultdict[int, Load] = defaultdict(Load)
+        self._step = _Step()
+
+    def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
+        """[num_reqs] True where to run the shallow layers; see `ExitGate.admit`."""
+        self._step = step = _Step(requests=num_decoding)
+        load = self._loads[num_decoding.bit_length()]
+        kind = load.untried()
+        step.trying = kind is not None
+        if kind is False or (kind is None and _stays_closed(load)):
+            load.note(False, step.trying)
+            return [False] * len(req_ids)
+        chances = np.array([self._recent.get(one, self._usual) for one in req_ids])
+        opened = self._opened(chances, load)
+        if not opened:
+            load.note(False, step.trying)
+        step.opened = opened
+        likeliest = set(np.argsort(-chances, kind="stable")[:opened].tolist())
+        return [i in likeliest for i in range(len(req_ids))]
+
+    def exits(self, said: ExitSignals) -> list[bool]:
+        """[num_reqs] True where the shallow choice is worth a row of the deep layers."""
+        step = self._step
+        if not step.noted:  # here, as a step that runs ahead asks and does not draft
+            self._loads[step.requests.bit_length()].note(True, step.trying)
+            step.noted = True
+        step.shallow_steps += 1
+        step.shallow_rows += len(said)
+        chances = self._chances(said).tolist()
+        for req_id, chance in zip(said.req_ids, chances, strict=True):
+            step.survival[req_id] = step.survival.get(req_id, 1.0) * chance
+        least = 0.0 if step.trying else step.rate * self._row_seconds()
+        exits = [step.survival[req_id] > least for req_id in said.req_ids]
+        step.drafted += sum(exits)
+        return exits
+
+    def goes_on(self, req_ids: Sequence[str]) -> bool:
+        """Whether one more shallow step of these gives more than its time is worth."""
+        step = self._step
+        if step.trying or not req_ids:
+            return True
+        expected = sum(
+            step.survival[req_id] * self._recent.get(req_id, self._usual)
+            for req_id in req_ids
+        )
+        now, then = self.cost.seconds(self._shape(np.array([0, 1]), len(req_ids)))
+        return bool(expected > step.rate * (then - now))
+
+    def learn(self, seen: Seen) -> None:
+        """Takes in where shallow and deep model agreed."""
+        recent = self._recent.get(seen.req_id, self._usual)
+        self._seen.append((recent, seen))
+        for agree in seen.agree:
+            recent += _RECENT * (agree - recent)
+            self._usual += 0.01 * (agree - self._usual)
+        self._recent[seen.req_id] = recent
+        if len(self._seen) >= _STACKS_AT_ONCE:
+            self._learn_all()
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Takes the measured time of a finished step in."""
+        self.cost.observe(shape, seconds)
+        self._prefill += 0.1 * (shape.prefill_tokens - self._prefill)
+
+    def keep_only(self, req_ids: Container[str]) -> None:
+        """Forgets requests that ended."""
+        for req_id in [known for known in self._recent if known not in req_ids]:
+            del self._recent[req_id]
+
+    def _opened(self, chances: Floats, load: Load) -> int:
+        """How many of the likeliest requests draft; one at most to try a closed gate."""
+        if self._step.trying:
+            return 1 if load.closed else len(chances)
+        plan = self._best(-np.sort(-chances))
+        self._step.rate = plan.rate
+        return plan.opened if plan.gain >= (REOPEN_GAIN if load.closed else 1.0) else 0
+
+    def _best(
+        self,
+        chances: Floats,  # [num_reqs] falling
+    ) -> _Plan:
+        """The best of all numbers of requests and of shallow steps, as far as foreseen."""
+        requests, most = self._step.requests, self._draft_tokens
+        steps = np.arange(1, most + 1)
+        expected = chances[:, None] ** steps  # [num_reqs, most] that a draft stands
+        tokens = requests + expected.cumsum(axis=1).cumsum(axis=0)
+        opened = np.arange(1, len(chances) + 1)[:, None]
+        rows = (opened * steps).ravel()
+        shapes = StepShape(
+            requests + rows,
+            requests,
+            self._prefill,
+            (opened + 0 * steps).ravel(),
+            1,
+            (steps + 0 * opened).ravel(),
+            rows,
+            rows,
+        )
+        rates = tokens.ravel() / self.cost.seconds(shapes)
+        plain = requests / float(
+            self.cost.seconds(StepShape(requests, requests, self._prefill))[0]
+        )
+        best = int(rates.argmax())
+        rate = max(float(rates[best]), plain)
+        return _Plan(best // most + 1, rate, float(rates[best]) / plain)
+
+    def _chances(self, said: ExitSignals) -> Floats:
+        """[num_reqs] that the deep layers will agree."""
+        recent = [self._recent.get(req_id, self._usual) for req_id in said.req_ids]
+        features = _features(np.array(said.confidence.tolist()), np.array(recent))
+        return self._odds.probability(features)[:, 0]
+
+    def _shape(self, more_steps: Floats, going_on: int) -> StepShape:
+        """The step as it is, and with so many more shallow steps."""
+        step = self._step
+        rows = step.drafted + more_steps * going_on
+        return StepShape(
+            step.requests + rows,
+            step.requests,
+            self._prefill,
+            step.opened,
+            1,
+            step.shallow_steps + more_steps,
+            step.shallow_rows + more_steps * going_on,
+            step.drafted + more_steps * going_on,
+        )
+
+    def _row_seconds(self) -> float:
+        """What one more row costs that skips the first layers."""
+        rows = np.array([0, 1]) + self._step.requests
+        shapes = StepShape(rows, self._step.requests, self._prefill, kept_rows=rows)
+        less, more = self.cost.seconds(shapes)
+        return max(0.0, float(more - less))
+
+    def _learn_all(self) -> None:
+        recent = [r for r, seen in self._seen for _ in seen.agree]
+        sure = [c for _, seen in self._seen for c in seen.confidence]
+        agree = [a for _, seen in self._seen for a in seen.agree]
+        self._seen.clear()
+        if agree:
+            outcome = np.array(agree)[:, None]
+            features = _features(np.array(sure), np.array(recent))
+            self._odds.update(features, outcome, np.ones_like(outcome))
+
+
+def _stays_closed(load: Load) -> bool:
+    """Most closed steps decide nothing while the load is what it was."""
+    return load.closed and load.same % RECONSIDER_EVERY != 0
+
+
+def _features(
+    confidence: Floats,  # [n] in [0, 1]
+    recent: Floats,  # [n]
+) -> Floats:
+    """[n, 1, 2] log odds of the confidence, and the share that agreed of late."""
+    sure = confidence.clip(1e-3, 1 - 1e-3)
+    return np.stack([np.log(sure / (1 - sure)), recent], axis=-1)[:, None]

@@ -1,0 +1,49 @@
+"""Drafts that the deep layers do not correct: FREE's mode "exit"."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPT_OUT = "early_exit"
+"""`SamplingParams(extra_args={"early_exit": False})`: this request's tokens go through
+all layers."""
+
+
+def only_drafts(
+    logits: Tensor,  # [rows, vocab]
+    rows: Tensor,  # [drafts] of each draft, the row that says what stands in its place
+    token_ids: Tensor,  # [drafts]
+) -> Tensor:
+    """[rows, vocab] in which these rows allow the draft alone, a copy."""
+    logits = logits.clone()
+    logits[rows.long()] = -torch.inf
+    logits[rows.long(), token_ids.long()] = 0.0
+    return logits
+
+
+def allowed(params: Any) -> bool:
+    """Whether a request's tokens are the largest logit's, and nobody asks for logprobs.
+
+    A final draft is the shallow model's first choice: it follows no temperature, grammar,
+    penalty or list of tokens.
+    """
+    wanted = params.extra_args is None or params.extra_args.get(OPT_OUT, True)
+    edited = (
+        params.structured_outputs
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.logit_bias
+    )
+    penalised = (
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+    )
+    return bool(
+        wanted
+        and params.temperature == 0
+        and params.logprobs is None
+        and not edited
+        and not penalised
+    )

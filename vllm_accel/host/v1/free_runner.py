@@ -1,0 +1,161 @@
+"""FREE's part of Model Runner V1: shallow steps after sampling, then the deep layers."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import override_forward_context
+
+from vllm_accel.free.drafter import Stackable
+from vllm_accel.free.resume import Split, split
+from vllm_accel.free.stack import Seen, ShallowRows
+from vllm_accel.host.report import Orders
+from vllm_accel.host.v1 import final
+from vllm_accel.host.v1.runner import DraftingRunnerMixin
+from vllm_accel.host.v1.span_context import context_of
+
+
+class FreeRunnerMixin(DraftingRunnerMixin):
+    """Overrides of GPUModelRunner (vllm/v1/worker/gpu_model_runner.py, 0.32)."""
+
+    def start_drafting(self) -> None:
+        """See `DraftingRunnerMixin.start_drafting`."""
+        super().start_drafting()
+        self._kept_rows = 0
+        self._deep_token_ids: list[list[int]] | None = None
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the spans while vLLM compiles the whole."""
+        super().profile_run(*args, **kwargs)
+        self.drafter.warm_up()
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forgets exit states whose shallow KV is gone, before anything could match."""
+        preempted = scheduler_output.preempted_req_ids or ()
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        for req_id in (*preempted, *resumed, *scheduler_output.finished_req_ids):
+            self.drafter.stacks.drop(req_id)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _model_forward(
+        self,
+        input_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """With exit states at hand the deep layers go on from them; else as ever."""
+        rows = self._split() if len(self.drafter.stacks) else None
+        self._kept_rows = 0 if rows is None else len(rows.kept)
+        if rows is None:
+            return super()._model_forward(input_ids, positions, *args, **kwargs)
+        handed_on, residual = self._exit_states(rows, input_ids, positions)
+        return self.drafter.deepen(handed_on, residual, positions)
+
+    def _split(self) -> Split | None:
+        batch, num_reqs = self.input_batch, self.input_batch.num_reqs
+        starts = self.query_start_loc.np[: num_reqs + 1].tolist()
+        return split(
+            self.drafter.stacks,
+            batch.req_ids,
+            starts,
+            batch.num_computed_tokens_cpu[:num_reqs].tolist(),
+            self.input_ids.np[: starts[-1]],
+        )
+
+    def _exit_states(
+        self, rows: Split, input_ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of all rows: kept ones, and the rest run through the shallow layers now."""
+        known = self.drafter.stacks.states[torch.from_numpy(rows.states)]
+        states = known.new_empty(len(positions), known.shape[1])
+        states[torch.from_numpy(rows.kept)] = known
+        if len(rows.rest):
+            rest = torch.from_numpy(rows.rest)
+            places = positions[rest]
+            context = context_of(self, rows.requests, rows.lens, places.numpy())
+            with override_forward_context(context):
+                states[rest] = self.drafter.shallow(input_ids[rest], places)
+        handed_on, residual = states.chunk(2, dim=-1)
+        return handed_on.contiguous(), residual.contiguous()
+
+    def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        """Where drafts are final, lets the sampler see nothing but the draft."""
+        self._deep_token_ids = None
+        drafts = (
+            spec_decode_metadata.num_draft_tokens if self.drafter.drafts_are_final else []
+        )
+        if any(drafts):
+            said = self.sampler.greedy_sample(logits).tolist()
+            rows = [0, *accumulate(1 + n for n in drafts)]
+            self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]
+            logits = final.only_drafts(
+                logits,
+                spec_decode_metadata.target_logits_indices,
+                spec_decode_metadata.draft_token_ids,
+            )
+        return super()._sample(logits, spec_decode_metadata)
+
+    def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
+        """See `DraftingRunnerMixin._settle`; the gate learns of every stack."""
+        super()._settle(scheduler_output, sampled_token_ids)
+        stacks = self.drafter.stacks
+        stacks.keep_only(self.requests)
+        for i, req_id in enumerate(self.input_batch.req_ids):
+            if req_id not in stacks:
+                continue
+            position = self._num_tokens(i) - len(sampled_token_ids[i]) - 1
+            deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
+            seen = stacks.settle(req_id, position, deep[i])
+            if seen is not None:
+                self._learn_of(seen)
+
+    def _learn_of(self, seen: Seen) -> None:
+        self.drafter.learn(seen)
+        if self.drafter.drafts_are_final:
+            drafted = seen.agree[: seen.drafted]
+            self._report.final += len(drafted)
+            self._report.final_agreed += sum(drafted)
+
+    def _room(self, i: int) -> int:
+        """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
+        params = self.requests[self.input_batch.req_ids[i]].sampling_params
+        if self.drafter.drafts_are_final and not final.allowed(params):
+            return 0
+        return super()._room(i)
+
+    def _draft(
+        self,
+        rows: Sequence[int],
+        sampled_token_ids: list[list[int]],
+        sample_hidden_states: Tensor,
+        orders: Orders,
+    ) -> list[list[int]]:
+        """See `DraftingRunnerMixin._draft`."""
+        self._report.kept_rows = self._kept_rows
+        req_ids = self.input_batch.req_ids
+        params = [self.requests[req_id].sampling_params for req_id in req_ids]
+        step = Stackable(
+            req_ids=req_ids,
+            rows=rows,
+            next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
+            room=[self._room(i) for i in range(len(rows))],
+            positions=[self._num_tokens(i) - 1 for i in range(len(rows))],
+            stop_token_ids=[one.all_stop_token_ids for one in params],
+        )
+        return self.drafter.propose(
+            step, self._shallow_step, self._report, may_draft=orders.may_draft
+        )
+
+    def _shallow_step(self, rows: ShallowRows) -> Tensor:
+        """[rows, 2 * hidden_size] exit states of one token of each of some requests."""
+        index = self.input_batch.req_id_to_index
+        requests = np.array([index[req_id] for req_id in rows.req_ids])
+        positions = np.array(rows.positions)
+        context = context_of(self, requests, np.ones_like(requests), positions)
+        with override_forward_context(context):
+            token_ids = torch.tensor(rows.token_ids, dtype=torch.int32)
+            return self.drafter.shallow(token_ids, torch.from_numpy(positions))
