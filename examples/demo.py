@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_accel.serve import with_preloads
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reference_model" / "weights"
 PROMPTS = HERE / "reference_model" / "prompts" / "code.jsonl"
 OPTIONS = ["--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"]

@@ -13,7 +13,7 @@ from vllm_accel.testing import write_tiny_model, write_untrained_heads
 HERE = Path(__file__).parent
 REFERENCE = HERE.parents[1] / "examples" / "reference_model" / "weights"
 
-# In-process engine: one boot is seconds. Split-KV off: see the law in the README.
+# Split-KV off: see the law in the README.
 ENVIRONMENT = {
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -54,30 +54,45 @@ def printed(run_python):
 
 
 @pytest.fixture(scope="session")
-def generate(tmp_path_factory, run_python):
-    """generate(engine_arguments, batches, ...) -> {"batches", "metrics"}.
+def engines(tmp_path_factory):
+    """The process of run_engine.py."""
+    log = tmp_path_factory.mktemp("engines") / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, HERE / "run_engine.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+    yield process
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def generate(tmp_path_factory, engines):
+    """generate(engine_arguments, batches, ...) -> {"batches", "metrics", ...}.
 
     With `processes` the worker has one of its own, as by default outside of tests, and
     steps may be queued ahead.
     """
 
     def run(engine, batches, env=None, *, processes=False):
+        folder = tmp_path_factory.mktemp("engine")
         env = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **(env or {})}
-        result = tmp_path_factory.mktemp("engine") / "result.json"
         defaults = {
             "max_model_len": 512,
             "kv_cache_memory_bytes": 2**27,
             "enforce_eager": True,
             "seed": 0,
         }
-        task = {"engine": defaults | engine, "batches": batches}
-        done = run_python(
-            [HERE / "run_engine.py", result],
-            env=env,
-            text=json.dumps(task),
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(result.read_text())
+        task = {"folder": str(folder), "env": env, "batches": batches}
+        order = json.dumps(task | {"engine": defaults | engine})
+        print(order, file=engines.stdin, flush=True)
+        status = engines.stdout.readline()
+        assert status == "0\n", f"{status} {(folder / 'log').read_text()[-4000:]}"
+        return json.loads((folder / "result.json").read_text())
 
     return run
 

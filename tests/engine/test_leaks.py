@@ -57,12 +57,30 @@ def test_a_fully_cached_prompt_is_not_padded_with_drafts(generate, tiny):
     assert drafted(metrics) == (0, 0)
 
 
-def test_drafts_cut_by_the_token_budget_count_as_cut(generate, tiny):
-    batch = {"prompts": [[i] * 9 for i in range(8)], "sampling": [greedy(40)] * 8}
-    engine = cerberus(tiny, max_num_batched_tokens=24, max_num_seqs=8)
-    metrics = generate(engine, [batch])["metrics"]
+@pytest.fixture(scope="module")
+def narrow(generate, tiny):
+    """An engine of few tokens a step: drafts are cut, prompts are read in chunks.
+
+    After a crowd, a request with a seed comes twice: the second time its prompt is cached
+    and read at once.
+    """
+    crowd = {"prompts": [[i] * 9 for i in range(8)], "sampling": [greedy(40)] * 8}
+    seeded = greedy(24, seed=1) | {"temperature": 1.0}
+    drawn = {"prompts": [[3] * 5, [5, 6] * 35], "sampling": [greedy(60), seeded]}
+    engine = cerberus(tiny, max_num_batched_tokens=24, max_num_seqs=8, block_size=32)
+    return generate(engine, [crowd, drawn, drawn])
+
+
+def test_drafts_cut_by_the_token_budget_count_as_cut(narrow):
+    metrics = narrow["metrics_by_batch"][0]
     theirs, ours = drafted(metrics)
     assert theirs == ours < proposed(metrics)
+
+
+def test_a_seed_draws_the_same_tokens_whether_the_prompt_is_chunked_or_not(narrow):
+    _, chunked, whole = narrow["batches"]
+    assert narrow["metrics"]["vllm:prefix_cache_hits"] >= 64
+    assert chunked == whole
 
 
 def test_drafts_cut_by_a_grammar_count_as_cut(generate, reference_model, reference_prompts):

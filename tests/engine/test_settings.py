@@ -18,7 +18,7 @@ def foreign_heads(tiny, tmp_path):
     )
 
 
-def test_fewer_drafts_unchecked_base_and_a_scheduler_of_ones_own(
+def test_fewer_drafts_unchecked_base_no_queue_and_a_scheduler_of_ones_own(
     generate, tiny, foreign_heads
 ):
     greedy = {"temperature": 0.0, "max_tokens": 30, "detokenize": False}
@@ -28,12 +28,16 @@ def test_fewer_drafts_unchecked_base_and_a_scheduler_of_ones_own(
         "cerberus",
         model=str(foreign_heads),
         num_speculative_tokens=2,
-        gate="always",
+        gate="vllm_accel.testing:StretchGate",
+        run_ahead=False,
         check_base=False,
     )
     derived = {"scheduler_cls": "vllm_accel.host.v1.scheduler.AccelScheduler"}
     plain = generate(engine, [batch])
-    ours = generate(engine | cerberus | derived, [batch])
+    ours = generate(engine | cerberus | derived, [batch], processes=True)
     assert ours["batches"] == plain["batches"]
+    reasons = {k for k in ours["metrics"] if "accel_gate_decisions" in k}
+    assert any("reason=stretch|state=closed" in k for k in reasons)
+    assert not any("reason=ahead" in k for k in reasons)
     lengths = {k[-1] for k in ours["metrics"] if "accel_draft_length" in k}
     assert lengths == {"0", "1", "2"}

@@ -1,5 +1,8 @@
 """A request ends where plain vLLM ends it, also in the middle of an accepted draft."""
 
+import re
+from itertools import pairwise
+
 import pytest
 
 pytestmark = pytest.mark.engine
@@ -16,6 +19,8 @@ ENDINGS = {
 }
 
 
+AHEAD = "vllm:accel_gate_decisions|reason=ahead|state=closed"
+
 METHODS = {
     "cerberus": {"method": "cerberus", "gate": "vllm_accel.testing:StretchGate"},
     "free": {
@@ -27,13 +32,23 @@ METHODS = {
 
 
 def batches(prompts):
-    return [
+    """One for each ending; in the last, one request is aborted and one comes late."""
+    endings = [
         {
             "prompts": [ids[:120] for ids in prompts[:24]],
             "sampling": [{"temperature": 0.0, **ending}] * 24,
         }
         for ending in ENDINGS.values()
     ]
+    long = {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True}
+    words = {"temperature": 0.0, "max_tokens": 40, "regex": "[a-z]{6}( [a-z]{6}){9}"}
+    interrupted = {
+        "prompts": [ids[:60] for ids in prompts[:6]],
+        "sampling": [long] * 5 + [words],
+        "abort_at": 12,
+        "late": 30,
+    }
+    return [*endings, interrupted]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +76,21 @@ def test_requests_end_as_in_plain_vllm(answers, ending, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_some_of_them_end_inside_an_accepted_draft(answers, method):
-    metrics = answers[method]["metrics"]
+    metrics = answers[method]["metrics_by_batch"][len(ENDINGS) - 1]
     verified = metrics["vllm:accel_request_steps"] + metrics["vllm:accel_accepted_tokens"]
     assert verified > metrics["vllm:accel_output_tokens"]
 
 
-def test_some_of_their_steps_are_queued_ahead(answers):
-    ahead = "vllm:accel_gate_decisions|reason=ahead|state=closed"
-    assert answers["cerberus"]["metrics"][ahead] > 0
+def test_steps_are_queued_ahead_in_every_batch(answers):
+    counts = [metrics[AHEAD] for metrics in answers["cerberus"]["metrics_by_batch"]]
+    assert all(before < after for before, after in pairwise([0, *counts]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_abort_and_a_grammar_while_steps_are_queued_leave_others_alone(answers, method):
+    plain, ours = (answers[name]["batches"][-1] for name in ("plain", method))
+    assert ours[1:] == plain[1:]
+    assert re.fullmatch("[a-z]{6}( [a-z]{6})+.*", ours[-1]["text"])
+    aborted, whole = ours[0]["token_ids"], plain[0]["token_ids"]
+    assert 12 == len(whole) <= len(aborted) < 160
+    assert aborted[:12] == whole

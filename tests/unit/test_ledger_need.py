@@ -77,6 +77,7 @@ STILL_NEEDED = {
     "O06": step_output_has_no_field_for_plugins,
     "O07": lambda: says(CPU_INIT_DEVICE, "= CPUModelRunner("),
     "O31": lambda: says(f"{SCHEDULER}.schedule", PADDED),
+    "O92": lambda: says(f"{RUNNER}._bookkeeping_sync", ".set_offset("),
 }
 """What in upstream's source makes each of these necessary."""
 

@@ -4,6 +4,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_accel.host.hooks import cpu_expand
 from vllm_accel.host.v1.dress import dress
+from vllm_accel.host.v1.seeds import keep_seeds
 
 
 class AccelCPUWorker(CPUWorker):
@@ -14,3 +15,4 @@ class AccelCPUWorker(CPUWorker):
         super().init_device()
         cpu_expand.apply()
         dress(self.model_runner)
+        keep_seeds(self.model_runner)
