@@ -32,7 +32,7 @@ def test_a_config_is_frozen():
         CerberusConfig().gate = "never"
 
 
-@pytest.mark.parametrize("method", ["free", "lazyllm"])
+@pytest.mark.parametrize("method", ["free"])
 def test_a_planned_method_is_refused_naming_what_exists(method):
     with pytest.raises(ConfigError, match=r"not in this version: expected cerberus"):
         parse(method)
@@ -60,3 +60,8 @@ def test_a_bad_setting_is_named_with_what_is_allowed(settings, sentence):
 def test_what_is_no_config_is_refused(value):
     with pytest.raises(ConfigError, match="expected a method name or a mapping"):
         parse(value)
+
+
+def test_lazyllm_says_where_it_is_switched_on():
+    with pytest.raises(ConfigError, match="use --additional-config"):
+        parse("lazyllm")

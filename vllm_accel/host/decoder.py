@@ -1,0 +1,159 @@
+"""The span primitive on vLLM's decoders: run layers `[first, stop)` of the target model.
+
+Any model whose layers are called like Llama's. Where vLLM compiles the model, every span
+is compiled as a unit of its own, with the options vLLM compiles the whole with.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CompilationMode, VllmConfig
+from vllm.env_override import _apply_constrain_to_fx_strides_patch
+from vllm.forward_context import create_forward_context, override_forward_context
+
+from vllm_accel.errors import UnsupportedHost
+from vllm_accel.spans import Span
+
+Between = tuple[Tensor, Tensor | None]
+"""What one layer hands to the next: hidden states and residual, [n, hidden_size] both.
+
+Their sum is the state after the layer. Kept apart they are exact to the bit.
+"""
+
+_CALL = ("positions", "hidden_states", "residual")
+_WARM_UP_ROWS = 8  # any number but 0 and 1, which a compiler takes for special
+
+
+class Decoder:
+    """A model's layers, in spans.
+
+    A span that starts at 0 takes token ids [n] for hidden states and embeds them; one that
+    ends at `num_layers` gives states after the final norm, and no residual.
+
+    Attention reads and writes what vLLM's forward context says; see `span_context`.
+
+    Args:
+        model: as vLLM loaded it.
+        vllm_config: says whether spans are compiled.
+
+    Raises:
+        UnsupportedHost: its layers are called in another way.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        self._inner = _inner(model)
+        self._vllm_config = vllm_config
+        self._units: dict[Span, Callable[..., Between]] = {}
+        self.num_layers = len(self._inner.layers)
+        self.hidden_size: int = vllm_config.model_config.get_hidden_size()
+
+    def run(
+        self,
+        span: Span,
+        hidden: Tensor,  # [n, hidden_size], contiguous; [n] int32 token ids at layer 0
+        residual: Tensor | None,  # [n, hidden_size], contiguous; None at layer 0
+        positions: Tensor,  # [n] int64
+    ) -> Between:
+        """What the span's last layer hands on; see the class for its two ends."""
+        return self._unit(span)(hidden, residual, positions)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """[n, hidden_size] after the final norm, of states whose residual is added."""
+        normed: Tensor = self._inner.norm(hidden)
+        return normed
+
+    @torch.inference_mode()
+    def warm_up(self, spans: Sequence[Span], dtype: torch.dtype) -> None:
+        """Compiles spans before the first request does, where they are compiled."""
+        positions = torch.arange(_WARM_UP_ROWS)
+        for span in spans:
+            hidden, residual = positions.int(), None
+            if span.first:
+                hidden = torch.zeros(_WARM_UP_ROWS, self.hidden_size, dtype=dtype)
+                residual = torch.zeros_like(hidden)
+            context = create_forward_context(None, self._vllm_config)
+            with override_forward_context(context):
+                self.run(span, hidden, residual, positions)
+
+    def _unit(self, span: Span) -> Callable[..., Between]:
+        if span not in self._units:
+            self._units[span] = self._make_unit(span)
+        return self._units[span]
+
+    def _make_unit(self, span: Span) -> Callable[..., Between]:
+        embed = None if span.first else self._inner.embed_input_ids
+        norm = self._inner.norm if span.stop == self.num_layers else None
+        run = _through(list(self._inner.layers)[span.first : span.stop], embed, norm)
+        config = self._vllm_config.compilation_config
+        return run if config.mode == CompilationMode.NONE else _compiled(run, config)
+
+
+def _through(
+    layers: Sequence[nn.Module], embed: Callable[[Tensor], Tensor] | None, norm: Any
+) -> Callable[..., Between]:
+    def run(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Between:
+        if embed is not None:
+            hidden = embed(hidden)
+        for layer in layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return (hidden, residual) if norm is None else (norm(hidden, residual)[0], None)
+
+    # The compiler keeps what it made by code object, and is told to check nothing else.
+    run.__code__ = run.__code__.replace(co_name=f"run_{id(layers)}")
+    return run
+
+
+def _compiled(run: Callable[..., Between], config: Any) -> Callable[..., Between]:
+    """As vllm/compilation/wrapper.py:TorchCompileWithNoGuardsWrapper does it (0.32)."""
+    _apply_constrain_to_fx_strides_patch()
+    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled = torch.compile(
+        run,
+        fullgraph=True,
+        dynamic=False,
+        backend=config.backend,
+        options=config.inductor_compile_config | unguarded,
+    )
+    seen = False
+
+    def call(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Between:
+        nonlocal seen
+        if not seen:
+            seen = True
+            for rows in (hidden, residual, positions):
+                if rows is not None:
+                    torch._dynamo.mark_dynamic(rows, 0)
+        return compiled(hidden, residual, positions)
+
+    return call
+
+
+def _inner(model: nn.Module) -> Any:
+    """The part of a model that holds its layers."""
+    inner = vars(model)["_modules"].get("model")
+    parts = [] if inner is None else [*vars(inner)["_modules"]]
+    if not {"layers", "norm", "embed_tokens"} <= set(parts):
+        raise UnsupportedHost(_refusal(type(model).__name__, "has no layers like Llama's"))
+    for layer in inner.layers:
+        if not _is_called_like_llama(layer):
+            raise UnsupportedHost(
+                _refusal(type(layer).__name__, "is called in another way")
+            )
+    return inner
+
+
+def _is_called_like_llama(layer: nn.Module) -> bool:
+    parameters = list(inspect.signature(layer.forward).parameters.values())
+    extra = [p for p in parameters[3:] if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    return tuple(p.name for p in parameters[:3]) == _CALL and not extra
+
+
+def _refusal(what: str, why: str) -> str:
+    return (
+        f"{what} {why}: expected a model whose layers are called with "
+        f"({', '.join(_CALL)}), such as Llama, Mistral, Qwen2 or Qwen3; serve it without "
+        "free."
+    )
