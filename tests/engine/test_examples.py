@@ -26,6 +26,13 @@ def test_offline():
     assert "vllm:accel_request_steps" in done.stdout
 
 
+def test_a_long_prompt_dense_and_pruned():
+    done = run([sys.executable, str(EXAMPLES / "offline_lazyllm.py")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "keep 0.15: " in done.stdout
+    assert "'state': 'parked'" in done.stdout
+
+
 def test_serve_ask_and_stop():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -36,6 +43,9 @@ def test_serve_ask_and_stop():
     assert "vllm:accel_gate_decisions_total" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["offline_cerberus.py", "serve_cerberus.sh"])
+SHORT = ["offline_cerberus.py", "offline_lazyllm.py", "serve_cerberus.sh"]
+
+
+@pytest.mark.parametrize("name", SHORT)
 def test_examples_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 50
