@@ -239,6 +239,12 @@ def is_ours(method: object) -> bool:
 
 def refusal(method: object) -> str:
     """The sentence for a method that cannot run."""
+    if method == "lazyllm":
+        return (
+            "Speculative method 'lazyllm' drafts nothing and is switched on elsewhere: "
+            "expected it in the additional config; use --additional-config "
+            "'{\"lazyllm\": {}}'."
+        )
     state = "not in this version" if is_ours(method) else "not one of vllm_accel's"
     return (
         f"Speculative method {method!r} is {state}: expected {', '.join(METHODS)}; "

@@ -27,6 +27,13 @@ def test_offline(name):
     assert "vllm:accel_request_steps" in done.stdout
 
 
+def test_a_long_prompt_dense_and_pruned():
+    done = run([sys.executable, str(EXAMPLES / "offline_lazyllm.py")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "keep 0.15: " in done.stdout
+    assert "'state': 'parked'" in done.stdout
+
+
 def test_serve_ask_and_stop():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

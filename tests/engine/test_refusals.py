@@ -37,7 +37,7 @@ FOREIGN_SCHEDULER = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 FOREIGN_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 CASES = {
-    "lazyllm": ({"spec_method": "lazyllm"}, "'lazyllm' is not in this version"),
+    "lazyllm": ({"spec_method": "lazyllm"}, "use --additional-config"),
     "key": ({"speculative_config": CERBERUS | {"gats": 1}}, "did you mean 'gate'"),
     "gate": ({"speculative_config": CERBERUS | {"gate": "x"}}, "is not a gate"),
     "gate path": (
@@ -119,6 +119,33 @@ CASES = {
 }
 
 
+def lazily(**settings):
+    return {"additional_config": {"lazyllm": settings}}
+
+
+LAZY = lazily(prune_after=[1])
+CASES |= {
+    "lazyllm, key": (lazily(kep=1), "did you mean 'keep'"),
+    "lazyllm, keep": (lazily(keep=0), "lazyllm.keep=0 is out of range"),
+    "lazyllm, no settings": (
+        {"additional_config": {"lazyllm": True}},
+        "expected a mapping",
+    ),
+    "lazyllm, points": (lazily(prune_after=[2]), "is not inside the model"),
+    "lazyllm, small model": (lazily(), "at least 3 layers"),
+    "lazyllm, tokens": (
+        lazily(prune_after=[1], granularity="token"),
+        "granularity 'token'",
+    ),
+    "lazyllm, drafts": (LAZY | {"speculative_config": CERBERUS}, "speculative decoding"),
+    "lazyllm, groups": (LAZY | {"disable_hybrid_kv_cache_manager": True}, "hybrid manager"),
+    "lazyllm, lora": (LAZY | {"enable_lora": True}, "LoRA"),
+    "lazyllm, async": (LAZY | {"async_scheduling": True}, "async scheduling"),
+    "lazyllm, scheduler": (LAZY | {"scheduler_cls": FOREIGN_SCHEDULER}, "of your own"),
+    "lazyllm, pipeline": (LAZY | {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny model with its heads beside it."""
@@ -141,6 +168,7 @@ def said(run_python, model, tmp_path_factory):
     cases["exit width"] = {"speculative_config": {"method": "free", "model": str(exit_)}}
     cases["free"] = {"speculative_config": FREE}
     cases["free by name"] = {"speculative_config": "free", "model": str(wide)}
+    cases["lazy"] = LAZY
     cases = {name: {"model": str(model)} | args for name, args in cases.items()}
     done = run_python(["-c", TRY_ALL], text=json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -162,7 +190,7 @@ def test_heads_of_another_width_are_refused(said):
 
 
 def test_vllms_own_methods_and_ours_are_accepted(said):
-    ours = {said[name][1] for name in ("ngram", "ours", "free", "free by name")}
+    ours = {said[name][1] for name in ("ngram", "ours", "free", "free by name", "lazy")}
     assert ours == {"accepted"}
 
 
@@ -176,10 +204,11 @@ VLLM = Path(sys.executable).with_name("vllm")
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--speculative-config", "lazyllm"], "'lazyllm' is not in this version"),
+        (["--speculative-config", "lazyllm"], "use --additional-config"),
         (["--speculative-config", "free"], "has no folder 'free'"),
         (["-sc", '{"method": "cerberus", "gate": "x"}'], "is not a gate"),
         (["--spec-method", "cerberus", "--spec-tokens", "9"], "expected 1..4"),
+        (["--additional-config", '{"lazyllm": {"keep": 2}}'], "lazyllm.keep=2"),
     ],
 )
 def test_vllm_serve_ends_with_one_line_and_exit_code_2(

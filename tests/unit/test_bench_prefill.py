@@ -2,7 +2,8 @@
 
 import pytest
 
-from vllm_accel.bench import prefill
+from vllm_accel.bench import methods, prefill
+from vllm_accel.bench.methods import Settings
 from vllm_accel.bench.prefill import PrefillBench
 from vllm_accel.bench.tasks import Question
 from vllm_accel.errors import ConfigError
@@ -76,3 +77,11 @@ def test_a_round_needs_a_question():
     prefill.check_rounds(5, 5)
     with pytest.raises(ConfigError, match="4 questions for 5 rounds"):
         prefill.check_rounds(4, 5)
+
+
+def test_methods_are_arguments_of_engines_dense_first():
+    settings = Settings("M", lazyllm={"keep": 0.3})
+    arguments = methods.prefill_arguments(["lazyllm", "dense-whole"], settings)
+    assert list(arguments) == ["dense", "lazyllm", "dense-whole"]
+    assert arguments["dense"] == {}
+    assert arguments["lazyllm"]["additional_config"] == {"lazyllm": {"keep": 0.3}}

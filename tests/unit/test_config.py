@@ -32,12 +32,6 @@ def test_a_config_is_frozen():
         CerberusConfig().gate = "never"
 
 
-@pytest.mark.parametrize("method", ["lazyllm"])
-def test_a_planned_method_is_refused_naming_what_exists(method):
-    with pytest.raises(ConfigError, match=r"not in this version: expected cerberus, free"):
-        parse(method)
-
-
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -104,3 +98,8 @@ def test_free_by_name_mapping_and_engine_args_is_one_config():
 def test_a_bad_setting_of_free_is_named_with_what_is_allowed(settings, sentence):
     with pytest.raises(ConfigError, match=sentence):
         parse({"method": "free", **settings})
+
+
+def test_lazyllm_says_where_it_is_switched_on():
+    with pytest.raises(ConfigError, match="use --additional-config"):
+        parse("lazyllm")

@@ -20,6 +20,14 @@ MODEL_CONFIG = "vllm.config.model:ModelConfig"
 PARALLEL_CONFIG = "vllm.config.parallel:ParallelConfig"
 VLLM_CONFIG = "vllm.config.vllm:VllmConfig"
 INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+BLOCK_MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
+KV_SPECS = "vllm.v1.kv_cache_interface"
+CPU_WORKERS = [
+    "vllm.v1.worker.cpu_worker:CPUWorker",
+    "vllm.v1.worker.gpu_worker:Worker",
+    "vllm.v1.worker.worker_base:WorkerBase",
+]
 
 OUR_CLASSES = {
     "v1/runner.py:DraftingRunnerMixin": [RUNNER],
@@ -30,14 +38,34 @@ OUR_CLASSES = {
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
         SCHEDULER,
     ],
-    "v1/cpu_worker.py:AccelCPUWorker": [
-        "vllm.v1.worker.cpu_worker:CPUWorker",
-        "vllm.v1.worker.gpu_worker:Worker",
-        "vllm.v1.worker.worker_base:WorkerBase",
-    ],
+    "v1/cpu_worker.py:AccelCPUWorker": CPU_WORKERS,
     "v1/gpu_worker.py:AccelGPUWorker": [
         "vllm.v1.worker.gpu_worker:Worker",
         "vllm.v1.worker.worker_base:WorkerBase",
+    ],
+    "v1/lazyllm/cpu_worker.py:LazyCPUWorker": CPU_WORKERS,
+    "v1/lazyllm/runner.py:LazyRunnerMixin": [
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+        RUNNER,
+    ],
+    "v1/lazyllm/scheduler.py:LazyScheduler": [SCHEDULER],
+    "v1/lazyllm/kv_groups.py:SpanSpec": [
+        f"{KV_SPECS}:{name}"
+        for name in ("FullAttentionSpec", "AttentionSpec", "KVCacheSpec")
+    ],
+    "v1/lazyllm/kv_groups.py:SpanManager": [
+        f"{BLOCK_MANAGERS}:FullAttentionManager",
+        f"{BLOCK_MANAGERS}:SingleTypeKVCacheManager",
+    ],
+    "v1/lazyllm/attention.py:SpanMetadata": [f"{CPU_ATTENTION}:CPUAttentionMetadata"],
+    "v1/lazyllm/attention.py:SpanMetadataBuilder": [
+        f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder"
+    ],
+    "v1/lazyllm/attention.py:SpanAttentionImpl": [
+        f"{CPU_ATTENTION}:CPUAttentionBackendImpl"
+    ],
+    "v1/lazyllm/attention.py:SpanAttentionBackend": [
+        f"{CPU_ATTENTION}:CPUAttentionBackend"
     ],
 }
 """Our classes that take the place of vLLM's, and those, the nearest base first."""
@@ -296,8 +324,8 @@ def test_every_class_in_the_place_of_vllms_is_known_here():
 
 def is_vllms(cls, file):
     """Whether a class of this file derives from something imported from vLLM."""
-    imported = re.findall(r"^from vllm\.\S+ import (\w+)$", file.read_text(), re.M)
-    return any(ast.unparse(base) in imported for base in cls.bases)
+    imported = imported_from_vllm(file)
+    return any(ast.unparse(base).split(".")[0] in imported for base in cls.bases)
 
 
 @pytest.mark.parametrize("file", our_files(), ids=by_name)

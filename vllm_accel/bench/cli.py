@@ -71,7 +71,8 @@ def _prefill(options: argparse.Namespace) -> int:
 
     from vllm_accel.bench import methods, prefill, table
 
-    names = methods.named(options.methods, list(methods.PREFILL), "dense")
+    settings = methods.Settings(options.model, lazyllm=options.lazyllm)
+    by_method = methods.prefill_arguments(options.methods, settings)
     _check_readable(options.tasks)
     _with_preloads()
     tokenizer = _host().tokenizer(options.model)
@@ -80,9 +81,8 @@ def _prefill(options: argparse.Namespace) -> int:
         prefill.check_rounds(len(questions), options.rounds)
     longest = max(len(q.token_ids) + q.max_tokens for group in groups for q in group)
     common = _common(options, _LEAST_SEQS, options.max_model_len or longest)
-    arguments = {name: methods.PREFILL[name] for name in names}
-    total = prefill.answers(groups, len(names) + 1)
-    with _running(arguments, common) as engines, tqdm(total=total, unit="answers") as bar:
+    total = prefill.answers(groups, len(by_method) + 1)
+    with _running(by_method, common) as engines, tqdm(total=total, unit="answers") as bar:
         bench = prefill.PrefillBench(engines, tokenizer, options.rounds, bar.update)
         content = _written(options.output, bench.rows(groups))
     print(table.as_text(content))
@@ -309,6 +309,13 @@ def _add_prefill(kinds: "_Commands") -> None:
         type=whole(1),
         default=24,
         help="per length, shared out to the rounds; default 24",
+    )
+    add(
+        "--lazyllm",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help='settings for lazyllm, such as {"keep": 0.3}; its pages have 32 tokens',
     )
     add("--max-model-len", type=whole(1), help="default: the longest prompt and answer")
     parser.set_defaults(run=_prefill)

@@ -12,9 +12,6 @@ from vllm_accel.errors import ConfigError
 COUNTED = {"cerberus", "free"}
 """Methods of ours: they count what their gate does."""
 
-PREFILL: dict[str, dict[str, Any]] = {"dense": {}}
-"""Arguments of the engine for each method of `bench prefill`."""
-
 MEDUSA_FOLDERS = ("vllm_medusa", "medusa")
 
 
@@ -27,12 +24,14 @@ class Settings:
         medusa: folder of the heads; None looks in the model's folder and beside it.
         cerberus: keys of its `--speculative-config`.
         free: the same.
+        lazyllm: its settings.
     """
 
     model: str
     medusa: Path | None = None
     cerberus: dict[str, Any] = field(default_factory=dict)
     free: dict[str, Any] = field(default_factory=dict)
+    lazyllm: dict[str, Any] = field(default_factory=dict)
 
 
 def named(names: Sequence[str], known: Sequence[str], baseline: str) -> list[str]:
@@ -57,6 +56,18 @@ def decode_arguments(names: Sequence[str], settings: Settings) -> dict[str, dict
         ConfigError: a method is unknown, or lacks its heads or its library.
     """
     return {name: DECODE[name](settings) for name in named(names, list(DECODE), "plain")}
+
+
+def prefill_arguments(
+    names: Sequence[str], settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Arguments of the engine for each method of `bench prefill`, dense first.
+
+    Raises:
+        ConfigError: a method is unknown.
+    """
+    known = named(names, list(PREFILL), "dense")
+    return {name: PREFILL[name](settings) for name in known}
 
 
 def _cerberus(settings: Settings) -> dict[str, Any]:
@@ -134,3 +145,22 @@ DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "suffix": _suffix,
 }
 """Arguments of the engine for each method of `bench decode`."""
+
+LAZY_PAGE = 32
+"""Tokens in a page of the method `lazyllm`: what it keeps or leaves out as one."""
+
+WHOLE_PROMPT = 8192
+"""Tokens of a step of `dense-whole`, as lazyllm has them (`max_whole_prompt`)."""
+
+
+def _lazyllm(settings: Settings) -> dict[str, Any]:
+    config = {"lazyllm": settings.lazyllm}
+    return {"additional_config": config, "block_size": LAZY_PAGE}
+
+
+PREFILL: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    "dense": lambda settings: {},
+    "dense-whole": lambda settings: {"max_num_batched_tokens": WHOLE_PROMPT},
+    "lazyllm": _lazyllm,
+}
+"""Arguments of the engine for each method of `bench prefill`."""

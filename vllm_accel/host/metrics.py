@@ -37,6 +37,9 @@ HELP = {
     "vllm:accel_draft_seconds": "Time spent deciding whether to draft and drafting.",
     "vllm:accel_request_steps": "Steps in which a request was given output tokens.",
     "vllm:accel_output_tokens": "Output tokens given to requests.",
+    "vllm:accel_prompts": "Prompts started, by whether some of it may be pruned.",
+    "vllm:accel_prompt_pages": "Pages of prompts parked, revived, given back, declined.",
+    "vllm:accel_span_rows": "Token rows run by each span of layers.",
 }
 
 

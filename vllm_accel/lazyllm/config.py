@@ -110,7 +110,8 @@ def requested_keep(extra_args: Mapping[str, Any] | None, num_points: int) -> Kee
     """What a request asks for in `SamplingParams.extra_args`; None if nothing.
 
     Both `{"lazyllm": {"keep": 0.5}}` and `{"lazyllm": 0.5}` are taken: `vllm_xargs` over
-    HTTP carries numbers and lists of them, no objects.
+    HTTP carries numbers and lists of them, no objects. `false`, which arrives as 0 there,
+    prunes nothing.
 
     Raises:
         ConfigError: not a share, or something else than `keep` is asked for.
@@ -120,6 +121,8 @@ def requested_keep(extra_args: Mapping[str, Any] | None, num_points: int) -> Kee
         asked = _checked_keys("extra_args['lazyllm']", asked, ["keep"]).get("keep")
     if asked is None:
         return None
+    if isinstance(asked, int) and asked == 0:
+        return 1.0
     keep = tuple(asked) if isinstance(asked, list) else asked
     _check_keep(keep, range(num_points))
     return keep

@@ -33,6 +33,10 @@ def apply() -> None:
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         try:
+            if "lazyllm" in as_mapping(self.additional_config):
+                from vllm_accel.host import lazyllm
+
+                lazyllm.switch_on(self, target_model_config, target_parallel_config)
             settings = requested(self)
             if settings is None:
                 return original(self, target_model_config, target_parallel_config)
@@ -84,6 +88,11 @@ def _end_with_one_line(error: AccelError) -> None:
         raise SystemExit(2)
 
     sys.excepthook = excepthook
+
+
+def as_mapping(additional_config: Any) -> Mapping[str, Any]:
+    """What stands in `additional_config`; vLLM allows other things than mappings."""
+    return additional_config if isinstance(additional_config, Mapping) else {}
 
 
 def remove() -> None:

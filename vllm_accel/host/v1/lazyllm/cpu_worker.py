@@ -1,0 +1,16 @@
+"""Worker on CPU: vLLM's own, with our attention and our runner."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_accel.host.v1.lazyllm import attention
+from vllm_accel.host.v1.lazyllm.runner import dress
+
+
+class LazyCPUWorker(CPUWorker):
+    """Registers the attention before a model is made, dresses the runner after."""
+
+    def init_device(self) -> None:
+        """See `vllm.v1.worker.worker_base.WorkerBase.init_device`."""
+        attention.register()
+        super().init_device()
+        dress(self.model_runner)
