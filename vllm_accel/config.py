@@ -15,8 +15,8 @@ from vllm_accel.errors import ConfigError, refuse_unknown_keys
 METHODS = ("cerberus", "free")
 """Methods this version can run."""
 
-PLANNED_METHODS = ("lazyllm",)
-"""Names that are ours but refused until they exist."""
+ELSEWHERE = ("lazyllm",)
+"""Names of ours that draft nothing: refused, saying where they are switched on."""
 
 MAX_DRAFT_TOKENS = 16
 
@@ -233,8 +233,8 @@ def parse(value: object) -> Config:
 
 
 def is_ours(method: object) -> bool:
-    """Whether a method name belongs to this plugin, existing yet or not."""
-    return isinstance(method, str) and method in METHODS + PLANNED_METHODS
+    """Whether a method name belongs to this plugin."""
+    return isinstance(method, str) and method in METHODS + ELSEWHERE
 
 
 def refusal(method: object) -> str:
@@ -245,10 +245,9 @@ def refusal(method: object) -> str:
             "expected it in the additional config; use --additional-config "
             "'{\"lazyllm\": {}}'."
         )
-    state = "not in this version" if is_ours(method) else "not one of vllm_accel's"
     return (
-        f"Speculative method {method!r} is {state}: expected {', '.join(METHODS)}; "
-        "use one of these, or a method of vLLM's own."
+        f"Speculative method {method!r} is not one of vllm_accel's: expected "
+        f"{', '.join(METHODS)}; use one of these, or a method of vLLM's own."
     )
 
 

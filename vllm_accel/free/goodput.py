@@ -69,7 +69,6 @@ class ExitGoodput:
         self._odds = OnlineLogistic(np.array([_PRIOR]))
         self._recent: dict[str, float] = {}
         self._usual = _USUAL
-        self._prefill = 0.0
         self._seen: list[tuple[float, Seen]] = []
         self._loads: defaultdict[int, Load] = defaultdict(Load)
         self._step = _Step()
@@ -133,7 +132,6 @@ class ExitGoodput:
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes the measured time of a finished step in."""
         self.cost.observe(shape, seconds)
-        self._prefill += 0.1 * (shape.prefill_tokens - self._prefill)
 
     def keep_only(self, req_ids: Container[str]) -> None:
         """Forgets requests that ended."""
@@ -162,7 +160,7 @@ class ExitGoodput:
         shapes = StepShape(
             requests + rows,
             requests,
-            self._prefill,
+            0,
             (opened + 0 * steps).ravel(),
             1,
             (steps + 0 * opened).ravel(),
@@ -170,9 +168,7 @@ class ExitGoodput:
             rows,
         )
         rates = tokens.ravel() / self.cost.seconds(shapes)
-        plain = requests / float(
-            self.cost.seconds(StepShape(requests, requests, self._prefill))[0]
-        )
+        plain = requests / float(self.cost.seconds(StepShape(requests, requests))[0])
         best = int(rates.argmax())
         rate = max(float(rates[best]), plain)
         return _Plan(best // most + 1, rate, float(rates[best]) / plain)
@@ -190,7 +186,7 @@ class ExitGoodput:
         return StepShape(
             step.requests + rows,
             step.requests,
-            self._prefill,
+            0,
             step.opened,
             1,
             step.shallow_steps + more_steps,
@@ -201,7 +197,7 @@ class ExitGoodput:
     def _row_seconds(self) -> float:
         """What one more row costs that skips the first layers."""
         rows = np.array([0, 1]) + self._step.requests
-        shapes = StepShape(rows, self._step.requests, self._prefill, kept_rows=rows)
+        shapes = StepShape(rows, self._step.requests, kept_rows=rows)
         less, more = self.cost.seconds(shapes)
         return max(0.0, float(more - less))
 

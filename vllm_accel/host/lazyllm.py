@@ -10,6 +10,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_accel.errors import UnsupportedHost
 from vllm_accel.host import compat, metrics
+from vllm_accel.host.refuse import SPANNED
 from vllm_accel.lazyllm.config import LazyConfig
 from vllm_accel.lazyllm.schedule import Schedule
 
@@ -83,6 +84,7 @@ def _of_models(model_config: Any) -> list[_Check]:
     mixed = model_config.is_hybrid or model_config.is_attention_free
     sliding = model_config.get_sliding_window() is not None
     text_only = "a text-only, decoder-only model"
+    names = model_config.architectures
     return [
         ("pooling models", pooling, "a model that generates text"),
         ("multimodal models", model_config.is_multimodal_model, text_only),
@@ -91,11 +93,18 @@ def _of_models(model_config: Any) -> list[_Check]:
         ("multi-head latent attention", model_config.use_mla, "full attention"),
         ("sliding windows", sliding, "full attention in every layer"),
         ("prompt embeddings", model_config.enable_prompt_embeds, "token ids"),
+        ("mixtures of experts", bool(model_config.is_moe), "a dense model"),
+        (
+            f"models like {', '.join(names)}",
+            not SPANNED.intersection(names),
+            ", ".join(sorted(SPANNED)),
+        ),
     ]
 
 
 def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
-    spec = engine_args.speculative_config or engine_args.spec_method
+    fields = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    spec = any(getattr(engine_args, field) for field in fields)
     context = (
         parallel_config.decode_context_parallel_size > 1
         or parallel_config.prefill_context_parallel_size > 1
@@ -104,11 +113,14 @@ def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
     quantised = is_quantized_kv_cache(engine_args.kv_cache_dtype)
     launcher = parallel_config.distributed_executor_backend == "external_launcher"
     hybrid = bool(engine_args.disable_hybrid_kv_cache_manager)
-    own = bool(engine_args.scheduler_cls) or parallel_config.worker_cls != "auto"
+    own = engine_args.scheduler_cls not in (
+        None,
+        SCHEDULER,
+    ) or parallel_config.worker_cls not in ("auto", CPU_WORKER)
     transfer = bool(engine_args.kv_transfer_config or engine_args.kv_offloading_size)
     return [
         ("devices other than CPUs", not current_platform.is_cpu(), "a CPU"),
-        ("speculative decoding", bool(spec), "no --speculative-config"),
+        ("speculative decoding", spec, "no --speculative-config"),
         ("LoRA (--enable-lora)", bool(engine_args.enable_lora), "no LoRA"),
         ("pipeline parallelism", pipeline, "--pipeline-parallel-size 1"),
         ("context parallelism", context, "neither decode nor prefill context parallel"),

@@ -89,9 +89,9 @@ def _checks(
             "none, because vLLM drops them when it speculates",
         ),
         (
-            "KV connectors",
-            engine_args.kv_transfer_config is not None,
-            "no --kv-transfer-config",
+            "KV connectors and offloading",
+            bool(engine_args.kv_transfer_config or engine_args.kv_offloading_size),
+            "neither --kv-transfer-config nor --kv-offloading-size",
         ),
         (
             "watermarks",

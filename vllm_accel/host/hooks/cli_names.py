@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_accel.config import METHODS, PLANNED_METHODS, is_ours
+from vllm_accel.config import ELSEWHERE, METHODS, is_ours
 
 used_by_command_line = False
 """Whether this process built vLLM's parser: then errors end it with one line."""
@@ -49,7 +49,7 @@ def _open_names(parser: argparse.ArgumentParser) -> None:
         if "--speculative-config" in action.option_strings:
             action.type = _or_our_name(action.type)
         elif "--spec-method" in action.option_strings and action.choices:
-            action.choices = [*action.choices, *METHODS, *PLANNED_METHODS]
+            action.choices = [*action.choices, *METHODS, *ELSEWHERE]
 
 
 def _or_our_name(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -26,7 +26,7 @@ def allowed(params: Any) -> bool:
     """Whether a request's tokens are the largest logit's, and nobody asks for logprobs.
 
     A final draft is the shallow model's first choice: it follows no temperature, grammar,
-    penalty or list of tokens.
+    penalty, list of tokens, or least number of them.
     """
     wanted = params.extra_args is None or params.extra_args.get(OPT_OUT, True)
     edited = (
@@ -34,6 +34,8 @@ def allowed(params: Any) -> bool:
         or params.allowed_token_ids
         or params.bad_words
         or params.logit_bias
+        or params.min_tokens
+        or params.thinking_token_budget
     )
     penalised = (
         params.presence_penalty
@@ -44,6 +46,7 @@ def allowed(params: Any) -> bool:
         wanted
         and params.temperature == 0
         and params.logprobs is None
+        and not params.logprob_token_ids
         and not edited
         and not penalised
     )

@@ -104,6 +104,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         super()._settle(scheduler_output, sampled_token_ids)
         stacks = self.drafter.stacks
         stacks.keep_only(self.requests)
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
         for i, req_id in enumerate(self.input_batch.req_ids):
             if req_id not in stacks:
                 continue
@@ -111,12 +112,12 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
             seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
-                self._learn_of(seen)
+                self._learn_of(seen, scheduled.get(req_id, []))
 
-    def _learn_of(self, seen: Seen) -> None:
+    def _learn_of(self, seen: Seen, draft: Sequence[int]) -> None:
         self.drafter.learn(seen)
         if self.drafter.drafts_are_final:
-            drafted = seen.agree[: seen.drafted]
+            drafted = seen.agree[: len(draft)]
             self._report.final += len(drafted)
             self._report.final_agreed += sum(drafted)
 

@@ -4,6 +4,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_accel.host.v1.lazyllm import attention
 from vllm_accel.host.v1.lazyllm.runner import dress
+from vllm_accel.host.v1.seeds import keep_seeds
 
 
 class LazyCPUWorker(CPUWorker):
@@ -14,3 +15,4 @@ class LazyCPUWorker(CPUWorker):
         attention.register()
         super().init_device()
         dress(self.model_runner)
+        keep_seeds(self.model_runner)
