@@ -1,4 +1,4 @@
-"""vLLM plugin: decode faster with Cerberus draft heads; off changes nothing."""
+"""vLLM plugin: Cerberus, FREE and LazyLLM; off changes nothing."""
 
 from importlib.metadata import version
 

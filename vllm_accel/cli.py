@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of every command but `serve`, whose options are vLLM's."""
     root = argparse.ArgumentParser(
         prog="vllm-accel",
-        description="Cerberus draft heads on stock vLLM.",
+        description="Cerberus, FREE and LazyLLM on stock vLLM.",
         allow_abbrev=False,
     )
     version = f"vllm-accel {vllm_accel.__version__}"
