@@ -81,9 +81,9 @@ def test_some_of_them_end_inside_an_accepted_draft(answers, method):
     assert verified > metrics["vllm:accel_output_tokens"]
 
 
-def test_steps_are_queued_ahead_in_every_batch(answers):
-    counts = [metrics[AHEAD] for metrics in answers["cerberus"]["metrics_by_batch"]]
-    assert all(before < after for before, after in pairwise([0, *counts]))
+def test_steps_are_queued_ahead_in_every_batch_but_the_shortest(answers):
+    counts = [b.get(AHEAD, 0) for b in answers["cerberus"]["metrics_by_batch"]]
+    assert all(before < after for before, after in pairwise(counts))
 
 
 @pytest.mark.parametrize("method", METHODS)
