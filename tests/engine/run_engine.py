@@ -21,6 +21,7 @@ SECONDS = 600
 def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # Once, for all engines: children are forked with these in memory.
     import vllm.v1.engine.core
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401

@@ -17,7 +17,7 @@ from vllm_accel.free.exit_head import ExitSignals
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.calibrators import Floats, OnlineLogistic
 from vllm_accel.gating.cost import StepCost, StepShape
-from vllm_accel.gating.goodput import RECONSIDER_EVERY, REOPEN_GAIN, Load
+from vllm_accel.gating.goodput import REOPEN_GAIN, Load
 
 _STACKS_AT_ONCE = 16
 _RECENT = 0.1
@@ -79,7 +79,7 @@ class ExitGoodput:
         load = self._loads[num_decoding.bit_length()]
         kind = load.untried()
         step.trying = kind is not None
-        if kind is False or (kind is None and _stays_closed(load)):
+        if kind is False or (kind is None and load.stays_closed()):
             load.note(False, step.trying)
             return [False] * len(req_ids)
         chances = np.array([self._recent.get(one, self._usual) for one in req_ids])
@@ -210,11 +210,6 @@ class ExitGoodput:
             outcome = np.array(agree)[:, None]
             features = _features(np.array(sure), np.array(recent))
             self._odds.update(features, outcome, np.ones_like(outcome))
-
-
-def _stays_closed(load: Load) -> bool:
-    """Most closed steps decide nothing while the load is what it was."""
-    return load.closed and load.same % RECONSIDER_EVERY != 0
 
 
 def _features(

@@ -81,6 +81,14 @@ class Load:
         if not trying:
             self.closed = not drafting
 
+    def stays_closed(self) -> bool:
+        """Whether this step may do without a look at the signals.
+
+        A look costs a softmax over the vocabulary, or a shallow step, and a closed gate
+        is to cost nothing: most closed steps have none while the load is what it was.
+        """
+        return self.closed and self.same % RECONSIDER_EVERY != 0
+
     def untried(self) -> bool | None:
         """The kind of step to try now, if any: True drafts, False does not."""
         for drafting in (False, True):
@@ -118,7 +126,7 @@ class Goodput:
         load = self._loads[signals.num_decoding.bit_length()]
         kind = load.untried()
         step.trying = kind is not None
-        if kind is False or (kind is None and _stays_closed(load)):
+        if kind is False or (kind is None and load.stays_closed()):
             load.note(False, step.trying)
             return [False] * len(signals)
         if kind is None and _drafts_by_habit(load):
@@ -287,14 +295,6 @@ def best_drafts(
     best = int(rates.argmax())
     lengths = np.bincount(order[:best] // draft_tokens, minlength=requests)
     return Drafts([int(n) for n in lengths], float(rates[best] / rates[0]))
-
-
-def _stays_closed(load: Load) -> bool:
-    """Most closed steps need no look at the signals while the load is what it was.
-
-    A look costs a softmax over the vocabulary, and a closed gate is to cost nothing.
-    """
-    return load.closed and load.same % RECONSIDER_EVERY != 0
 
 
 def _after_features(

@@ -1,13 +1,12 @@
 """What a user may set for LazyLLM, frozen and checked."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeGuard
 
-from vllm_accel.errors import ConfigError
+from vllm_accel.errors import ConfigError, refuse_unknown_keys
 
 GRANULARITIES = ("page", "token")
 POOLINGS = ("mean", "max")
@@ -134,13 +133,7 @@ def _checked_keys(name: str, settings: object, known: list[str]) -> dict[str, An
             f"{name}={settings!r:.80} is a {type(settings).__name__}: expected a mapping "
             f"with keys of {', '.join(known)}; {{}} takes every default."
         )
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; leave it out."
-            raise ConfigError(
-                f"Unknown key {key!r} in {name}: expected one of {', '.join(known)}{hint}"
-            )
+    refuse_unknown_keys(settings, known, f"in {name}")
     return dict(settings)
 
 
