@@ -171,6 +171,9 @@ class ScriptedEngine:
     def counters(self):
         return {}
 
+    def rest(self):
+        pass
+
     def reset_prefix_cache(self):
         pass
 

@@ -65,6 +65,9 @@ class ScriptedEngine:
             "vllm:accel_draft_seconds": 0.01 * self.decisions,
         }
 
+    def rest(self):
+        self.log.append((self, "rest"))
+
     def reset_prefix_cache(self):
         self.log.append((self, "reset"))
 
@@ -146,16 +149,24 @@ def test_rows_say_rates_ratios_and_steps():
     assert found["cerberus"]["identical_tokens"] == 12
 
 
-def test_methods_take_turns_batch_by_batch_on_an_empty_prefix_cache():
+def test_methods_take_turns_round_by_round_on_an_empty_prefix_cache():
     log = []
     plain, ours = ScriptedEngine(log=log), ScriptedEngine(log=log)
     chosen = plan(prompt_sets=("all",), rounds=2)
     run({"plain": plain, "ngram": ours}, chosen, prompts(4))
-    turn = [(plain, "reset"), (plain, 2), (ours, "reset"), (ours, 2)]
-    turn += [(plain, "reset"), (plain, 2)]
-    looked_for_loops = [(plain, "reset"), (plain, 2)] * 2
-    warm_up_and_timed = turn * (1 + 2 * 2)
-    assert log == looked_for_loops + warm_up_and_timed
+
+    def batches(engine, count):
+        return [(engine, "reset"), (engine, 2)] * count
+
+    def one_round(count):
+        return [
+            part
+            for engine in (plain, ours, plain)
+            for part in [*batches(engine, count), (engine, "rest")]
+        ]
+
+    looked_for_loops = [*batches(plain, 2), (plain, "rest")]
+    assert log == looked_for_loops + one_round(1) + one_round(2) * 2
 
 
 def test_each_round_has_other_prompts_and_the_first_come_again():
@@ -163,8 +174,8 @@ def test_each_round_has_other_prompts_and_the_first_come_again():
     run({"plain": engine}, plan(prompt_sets=("all",)), prompts(6))
     seen = [prompt[0] for prompt, _ in engine.seen]
     timed = seen[6 + 2 * 2 :]  # after the look for loops and the warm-up
-    batches = [timed[i : i + 2] for i in range(0, len(timed), 4)]
-    assert batches == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [4, 5]]
+    rounds = [timed[i : i + 4] for i in range(0, len(timed), 8)]  # plain, plain again
+    assert rounds == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]]
 
 
 def test_progress_counts_every_answer_that_was_announced():

@@ -231,7 +231,7 @@ def _add_decode(kinds: "_Commands") -> None:
     parser = kinds.add_parser(
         "decode",
         help="tokens per second over plain vLLM, by batch size",
-        description="All methods take turns in one run, plain vLLM twice in each turn "
+        description="All methods take turns in one run, plain vLLM twice in each round "
         "(`plain_again`: what noise does to a ratio). Prefill is not counted. Exits with "
         "1 when a greedy answer differs from plain vLLM's and is no tie.",
     )
@@ -286,7 +286,7 @@ def _add_prefill(kinds: "_Commands") -> None:
     parser = kinds.add_parser(
         "prefill",
         help="time to the first token over dense prefill, by prompt length",
-        description="One request at a time; methods take turns question by question, "
+        description="One request at a time; methods take turns round by round, "
         "dense prefill twice (`dense_again`: what noise does to a ratio).",
     )
     add = parser.add_argument

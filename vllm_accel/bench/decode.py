@@ -1,8 +1,8 @@
 """`bench decode`: tokens per second of several methods that take turns.
 
-Every engine is up at once and asked batch by batch in turns, so that a machine whose
+Every engine is up at once and they take turns round by round, so that a machine whose
 speed drifts slows all alike. `plain_again` is plain vLLM asked a second time in each
-turn: what noise alone does to a ratio.
+round: what noise alone does to a ratio.
 """
 
 import logging
@@ -81,7 +81,7 @@ class DecodeBench:
         progress: Callable[[int], object],
     ) -> None:
         self._plain = engines["plain"]
-        # Plain at both ends of a turn: steady drift leaves the mean of the two alone.
+        # Plain at both ends of a round: steady drift leaves the mean of the two alone.
         self._turns = {**engines, AGAIN: self._plain}
         self._plan = plan
         self._progress = progress
@@ -121,6 +121,7 @@ class DecodeBench:
         for batch in batches(prompts, max(self._plan.batch_sizes)):
             said = self._ask(self._plain, batch, [greedy] * len(batch)).token_ids
             found |= {p.name for p, ids in zip(batch, said, strict=True) if loops(ids)}
+        self._plain.rest()
         return found
 
     def _sets(
@@ -148,12 +149,14 @@ class DecodeBench:
         return Decoded.of(steps, len(batch))
 
     def _round(self, round_batches: Sequence[list[Prompt]]) -> Round:
-        """Asks every method each batch in turn."""
-        said: Round = {name: [] for name in self._turns}
-        for batch in round_batches:
-            sampling = [self._sampling()] * len(batch)
-            for name, engine in self._turns.items():
-                said[name].append(self._ask(engine, batch, sampling))
+        """Asks every method all batches, one method after the other."""
+        said: Round = {}
+        for name, engine in self._turns.items():
+            said[name] = [
+                self._ask(engine, batch, [self._sampling()] * len(batch))
+                for batch in round_batches
+            ]
+            engine.rest()
         return said
 
     def _sampling(self) -> dict[str, Any]:

@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Forgets every prompt."""
         ...
 
+    def rest(self) -> None:
+        """Comes back once the engine no longer uses the machine."""
+        ...
+
 
 class Tokenizer(Protocol):
     """What of a Hugging Face tokenizer is used."""

@@ -1,6 +1,6 @@
 """`bench prefill`: time to the first token of several methods, and are they still right?
 
-One request at a time; methods take turns question by question. `dense_again` is the
+One request at a time; methods take turns round by round. `dense_again` is the
 dense engine asked a second time: what noise alone does to a ratio.
 """
 
@@ -54,17 +54,17 @@ class PrefillBench:
             yield [{"method": name} | common | row(name, rounds) for name in self._turns]
 
     def _round(self, questions: Sequence[Question]) -> Round:
-        said: Round = {name: [] for name in self._turns}
-        for question in questions:
-            for name, engine in self._turns.items():
-                said[name].append(self._ask(engine, question))
-                self._progress(1)
+        said: Round = {}
+        for name, engine in self._turns.items():
+            said[name] = [self._ask(engine, question) for question in questions]
+            engine.rest()
         return said
 
     def _ask(self, engine: Engine, question: Question) -> Answer:
         engine.reset_prefix_cache()
         greedy = {"temperature": 0.0, "max_tokens": question.max_tokens}
         steps = engine.run([question.token_ids], [greedy])
+        self._progress(1)
         said = [token for _, given in steps for token in given.get(0, [])]
         right = tasks.is_right(question, self._tokenizer.decode(said))
         return first_token_ms(steps), right

@@ -17,6 +17,10 @@ from vllm_accel.errors import AccelError
 _RESET_TRIES = 100
 _RESET_WAIT_S = 0.01
 
+_SPINS_S = 1.0
+"""For so long vLLM's processes look for the next message without pause, before they sleep
+(SpinCondition, vllm/distributed/device_communicators/shm_broadcast.py)."""
+
 
 class Engine:
     """One engine in processes of its own, waiting for batches.
@@ -103,6 +107,10 @@ class Engine:
             "The prefix cache could not be reset, as blocks are still in use: expected an "
             "idle engine; run the bench again."
         )
+
+    def rest(self) -> None:
+        """Comes back once the engine's processes sleep, and leave the cores to another's."""
+        time.sleep(1.1 * _SPINS_S)
 
     def close(self) -> None:
         """Ends the engine's processes."""
