@@ -109,7 +109,7 @@ class Engine:
         )
 
     def rest(self) -> None:
-        """Comes back once the engine's processes sleep, and leave the cores to another's."""
+        """Comes back once its processes sleep, and leave the cores to another engine."""
         time.sleep(1.1 * _SPINS_S)
 
     def close(self) -> None:
