@@ -35,8 +35,8 @@ check: setup
 	@git ls-files -z '*.py' | xargs -0 awk \
 	  'FNR == 401 { print FILENAME ": longer than 400 lines"; long = 1 } END { exit long }'
 
-test: setup
-	$(BIN)/pytest tests
+test: setup  # two at a time: most of an engine's start runs on one core
+	$(BIN)/pytest tests -n 2 --dist loadfile
 
 test-distributed: setup  # two ranks, replicas on Ray; half an hour, not part of `test`
 	$(BIN)/pytest tests/distributed -m distributed
