@@ -5,7 +5,7 @@ weights are streamed for one request and dear once the machine computes. Only me
 time tells where.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -16,18 +16,23 @@ from vllm_accel.errors import ConfigError
 
 Floats = NDArray[np.float64]
 State = Mapping[str, Any]
+Kind = tuple[int, ...]
 
 _BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
 _COLUMNS = 13
 
-_FORGET = 0.995
-_ANCHOR = 1e-3
-_TOLERANCE = 3.0
-_FIRST_SCALE = 0.3
-_NEVER_ODD = 0.5  # a rare kind of step may be this far off and must be believed
-_FIRST = 4
-_BATCH = 16
-_RIDGE = 1e-6
+_KEPT = 16
+"""Steps of each kind that are remembered."""
+_HALF_LIFE, _OLD = 256, 0.05
+"""Steps after which one counts half, and what the oldest still counts."""
+_NEXT_LOAD = 0.1
+"""What steps at half or twice as many requests count beside those at a load itself."""
+_TYPICAL = 0.15
+"""Relative error from which on a step is held down."""
+_REFITS = 3
+_FIRST, _BATCH = 4, 16
+_ANCHOR = np.array([1e-7] + [1e-5] * (_COLUMNS - 1))
+"""Pull towards 0, for what steps do not tell apart: the constant's goes last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,18 @@ class StepShape:
     kept_rows: Any = 0
     """Rows of its own that skipped the first layers."""
 
+    def load(self) -> NDArray[np.int64]:
+        """[steps] binary digits of the number of requests."""
+        digits: NDArray[np.int64] = np.frexp(np.asarray(self.requests).reshape(-1))[1]
+        return digits
+
+    def kind(self) -> Kind:
+        """Of one step: steps of a kind cost about the same."""
+        drafts = int(self.decode_rows) - int(self.requests)
+        sizes = (self.requests, drafts, self.prefill_tokens, self.shallow_rows)
+        digits = (int(size).bit_length() for size in sizes)
+        return (*digits, bool(self.drafted_for), bool(self.waited), bool(self.kept_rows))
+
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""
         rows = np.asarray(self.decode_rows, dtype=np.float64).reshape(-1, 1)
@@ -69,122 +86,155 @@ class StepShape:
         return columns
 
 
+class _Remembered:
+    """The last steps of every kind, in arrays that least squares can take."""
+
+    def __init__(self) -> None:
+        self.shapes: list[StepShape] = []
+        self._places: dict[Kind, list[int]] = {}
+        self._features: Floats = np.zeros((0, _COLUMNS))
+        self._seconds: Floats = np.zeros(0)
+        self._loads: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._when: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def put(self, shape: StepShape, seconds: float, when: int) -> int:
+        """Takes in the step number `when`; how many of its kind are remembered."""
+        places = self._places.setdefault(shape.kind(), [])
+        place = self._place_in(places)
+        self.shapes[place : place + 1] = [shape]
+        self._features[place] = shape.features()[0]
+        self._seconds[place] = seconds
+        self._loads[place] = shape.load()[0]
+        self._when[place] = when
+        return len(places)
+
+    def _place_in(self, places: list[int]) -> int:
+        """Where the next step of a kind goes: a place of its own, or its oldest's."""
+        if len(places) == _KEPT:
+            places.append(places.pop(0))
+            return places[-1]
+        used = len(self.shapes)
+        if used == len(self._seconds):
+            self._grow(max(64, used))
+        places.append(used)
+        return used
+
+    def _grow(self, more: int) -> None:
+        self._features = np.pad(self._features, ((0, more), (0, 0)))
+        self._seconds, self._loads, self._when = (
+            np.pad(known, (0, more)) for known in (self._seconds, self._loads, self._when)
+        )
+
+    def relative(self) -> Floats:
+        """[steps, features] over the seconds measured."""
+        used = len(self.shapes)
+        relative: Floats = self._features[:used] / self._seconds[:used, None]
+        return relative
+
+    def weights(self, load: int, now: int) -> Floats:
+        """[steps] what each counts at a load, above 0."""
+        used = len(self.shapes)
+        lately = np.maximum(0.5 ** ((now - self._when[:used]) / _HALF_LIFE), _OLD)
+        weights: Floats = lately * _NEXT_LOAD ** np.abs(self._loads[:used] - load)
+        return weights
+
+    def in_order(self) -> Iterator[tuple[StepShape, float, int]]:
+        """Every step, its seconds and its number, the oldest first."""
+        for place in np.argsort(self._when[: len(self.shapes)], kind="stable").tolist():
+            yield self.shapes[place], float(self._seconds[place]), int(self._when[place])
+
+
 class StepCost:
     """Seconds of a step, as measured from the end of the one before to its own.
 
-    Recursive least squares on relative errors, old steps forgotten, outliers (a machine
-    doing something else for a moment) held down to a few typical errors. What is not
-    seen for a while keeps its last price.
+    The last steps of every kind are remembered: what is done all the time must not push
+    out what is done now and then, as a decision is between the two. Prices are fitted to
+    them by least squares on relative errors, apart for every load, where steps at other
+    loads count less. Outliers (a machine doing something else for a moment) are held
+    down.
     """
 
     def __init__(self) -> None:
-        self._prices: Floats = np.zeros(_COLUMNS)
-        self._information: Floats = np.zeros((_COLUMNS, _COLUMNS))
-        self._scale = _FIRST_SCALE
-        self._waiting: list[tuple[StepShape, float]] = []
-        self.steps = 0
-        """Steps learnt from."""
+        self._seen = _Remembered()
+        self._prices: dict[int, Floats] = {}
+        self._unfitted = 0
+        self._steps = 0
 
     def seconds(self, shape: StepShape) -> Floats:
         """[steps] predicted seconds, above 0; of no use before any step was observed."""
-        predicted: Floats = shape.features() @ self._prices
+        features = shape.features()
+        predicted = np.zeros(len(features))
+        if self._seen.shapes:
+            loads = np.broadcast_to(shape.load(), len(features))
+            for load in set(loads.tolist()):
+                here = loads == load
+                predicted[here] = features[here] @ self._prices_at(load)
         return np.maximum(predicted, 1e-6)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Takes one measured step in; a few are learnt from together."""
-        self._waiting.append((shape, seconds))
-        new = len({(s.requests, s.drafted_for) for s, _ in self._waiting}) > 1
-        if len(self._waiting) >= (_FIRST if new else _BATCH) or self.steps < _FIRST:
-            self._learn()
+        """Takes one measured step in; prices follow after a few, at once if it is new."""
+        alike = self._seen.put(shape, seconds, self._steps)
+        self._steps += 1
+        self._unfitted += 1
+        if self._unfitted >= _BATCH or alike < _FIRST:
+            self._prices.clear()
+            self._unfitted = 0
 
-    def _learn(self) -> None:
-        shapes, seconds = zip(*self._waiting, strict=True)
-        self._waiting.clear()
-        features = StepShape(*np.array([astuple(s) for s in shapes]).T).features()
-        measured = np.array(seconds)
-        if self.steps == 0:
-            self._prices[0] = measured[0]
-        self.steps += len(measured)
-        guessed = features @ self._prices
-        predicted = np.maximum(guessed, 0.2 * measured)
-        errors = (measured - guessed) / predicted
-        weights = self._trust(errors)
-        rows = features / predicted[:, None]
-        self._information *= _FORGET ** len(measured)
-        self._information += (rows * weights[:, None]).T @ rows
-        anchored = self._information + np.eye(_COLUMNS) * (_ANCHOR / predicted[0] ** 2)
-        self._prices += np.linalg.solve(anchored, rows.T @ (weights * errors))
+    def _prices_at(self, load: int) -> Floats:
+        """[features] seconds of each, at a load."""
+        if load not in self._prices:
+            self._prices[load] = self._fitted(load)
+        return self._prices[load]
 
-    def _trust(self, errors: Floats) -> Floats:
-        """[steps] weights that hold what is far off down to a few typical errors."""
-        limit = max(_NEVER_ODD, _TOLERANCE * self._scale)
-        size = np.abs(errors)
-        self._scale += 0.05 * (float(np.minimum(size, limit).mean()) - self._scale)
-        self._scale = max(0.01, self._scale)
-        trust: Floats = np.minimum(1.0, limit / np.maximum(size, 1e-12))
-        return trust
+    def _fitted(self, load: int) -> Floats:
+        rows, weights = self._seen.relative(), self._seen.weights(load, self._steps)
+        prices = _least_squares(rows, weights)
+        for _ in range(_REFITS):
+            error = np.maximum(np.abs(rows @ prices - 1), _TYPICAL)
+            prices = _least_squares(rows, weights * (_TYPICAL / error))
+        return prices
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; `load_state_dict` makes another one alike."""
-        return {
-            "prices": self._prices.tolist(),
-            "information": self._information.tolist(),
-            "scale": self._scale,
-            "steps": self.steps,
-        }
+        seen = [
+            [*map(float, astuple(shape)), seconds, when - self._steps]
+            for shape, seconds, when in self._seen.in_order()
+        ]
+        return {"seen_steps": seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Takes over what another one learnt.
 
         Raises:
             ConfigError: it is not a state of this version.
         """
+        seen = _Remembered()
         try:
-            prices = np.array(state["prices"], dtype=np.float64)
-            information = np.array(state["information"], dtype=np.float64)
-            scale, steps = float(state["scale"]), int(state["steps"])
+            for *shape, seconds, when in state["seen_steps"]:
+                seen.put(StepShape(*shape), float(seconds), int(when))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"A saved step cost cannot be read ({error!r}): expected what this version "
                 "wrote; delete the state file."
             ) from error
-        if (prices.shape, information.shape) != ((_COLUMNS,), (_COLUMNS, _COLUMNS)):
-            raise ConfigError(
-                f"A saved step cost has {prices.shape} prices: expected ({_COLUMNS},); "
-                "delete the state file."
-            )
-        self._prices, self._information = prices, information
-        self._scale, self.steps = scale, steps
+        self._seen, self._steps = seen, 0
+        self._prices.clear()
+
+
+def _least_squares(rows: Floats, weights: Floats) -> Floats:
+    """[features] prices with which rows [steps, features] come closest to 1."""
+    weighted = rows * weights[:, None]
+    information = weighted.T @ rows
+    information[np.diag_indices(_COLUMNS)] += _ANCHOR * float(information[0, 0])
+    prices: Floats = np.linalg.solve(information, weighted.sum(axis=0))
+    return prices
 
 
 def merge(states: Sequence[State]) -> State:
-    """What replicas learnt, as one state: prices averaged by how much is known of them.
-
-    A price nobody has met keeps the plain mean. As in `calibrators.merge` the
-    information is the mean, so that what replicas share does not count again.
+    """What replicas learnt, as one state: of what they have in common, the newest steps.
 
     Args:
-        states: of `StepCost`, the newest last.
-
-    Raises:
-        ConfigError: they have different prices.
+        states: of `StepCost`.
     """
-    shapes = {np.shape(state["information"]) for state in states}
-    if len(shapes) != 1:
-        raise ConfigError(
-            f"Step costs of shapes {sorted(shapes)} cannot be merged: expected states of "
-            "one version; restart the replicas together."
-        )
-    prices = np.array([state["prices"] for state in states], dtype=np.float64)
-    information = np.array([state["information"] for state in states], dtype=np.float64)
-    usual, known = prices.mean(axis=0), information.mean(axis=0)
-    pulled = np.mean(information @ (prices - usual)[..., None], axis=0)[..., 0]
-    ridge = _RIDGE * max(float(np.trace(known)) / len(known), 1e-12)
-    moved = np.linalg.solve(known + ridge * np.eye(len(known)), pulled)
-    return {
-        **states[-1],
-        "prices": (usual + moved).tolist(),
-        "information": known.tolist(),
-        "scale": float(np.mean([state["scale"] for state in states])),
-        "steps": max(int(state["steps"]) for state in states),
-    }
+    steps = [step for state in states for step in state["seen_steps"]]
+    return {"seen_steps": sorted(steps, key=lambda step: step[-1])}

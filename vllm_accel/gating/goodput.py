@@ -72,10 +72,13 @@ class Load:
     """Decisions since the last of the other kind."""
     full: int = 0
     """Weighed decisions in a row that drafted everything for everybody."""
+    to_try: int = 0
+    """Steps of the other kind to come, to see what they take by now."""
 
     def note(self, drafting: bool, trying: bool) -> None:
         """Counts a decision."""
         self.decisions[drafting] += 1
+        self.to_try = max(0, self.to_try - trying)
         flips = not trying and self.closed == drafting
         self.same = 0 if trying or flips else self.same + 1
         if not trying:
@@ -94,7 +97,10 @@ class Load:
         for drafting in (False, True):
             if self.decisions[drafting] < FIRST_STEPS:
                 return drafting
-        return self.closed if self.same >= REFRESH_EVERY else None
+        if self.same >= REFRESH_EVERY:
+            # The first plain step after drafts waits for them; those behind it do not.
+            self.to_try = 1 if self.closed else FIRST_STEPS
+        return self.closed if self.to_try else None
 
 
 class Goodput:

@@ -130,7 +130,7 @@ def _merged_part(parts: Sequence[Any]) -> Any:
     newest = parts[-1]
     if isinstance(newest, Mapping) and newest.keys() >= {"weights", "precision"}:
         return calibrators.merge(list(parts))
-    if isinstance(newest, Mapping) and newest.keys() >= {"prices", "information"}:
+    if isinstance(newest, Mapping) and "seen_steps" in newest:
         return cost.merge(parts)
     if isinstance(newest, Mapping):
         return merged(parts)
