@@ -86,9 +86,9 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         """Where drafts are final, lets the sampler see nothing but the draft."""
         self._deep_token_ids = None
         drafts = (
-            spec_decode_metadata.num_draft_tokens if self.drafter.drafts_are_final else []
+            [] if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
         )
-        if any(drafts):
+        if any(drafts) and self.drafter.drafts_are_final:
             said = self.sampler.greedy_sample(logits).tolist()
             rows = [0, *accumulate(1 + n for n in drafts)]
             self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
-from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_accel.host.report import Orders, attach, attached
 from vllm_accel.host.v1 import greedy as greedy_path
@@ -27,51 +25,41 @@ class DraftingRunnerMixin:
         self._report: StepReport | None = None
         self._target_logits: Tensor | None = None
 
-    def _calc_spec_decode_metadata(
-        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
-    ) -> SpecDecodeMetadata:
-        """Without drafts, what the original computes in a few steps instead of many."""
-        if num_draft_tokens.any():
-            return super()._calc_spec_decode_metadata(
-                num_draft_tokens, cu_num_scheduled_tokens
-            )
-        num_reqs = len(num_draft_tokens)
-        none = torch.zeros(0, dtype=torch.int32, device=self.device)
-        each = torch.arange(num_reqs, dtype=torch.int32, device=self.device)
-        last = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device)
-        return SpecDecodeMetadata(
-            draft_token_ids=none,
-            num_draft_tokens=[0] * num_reqs,
-            cu_num_draft_tokens=torch.zeros_like(each),
-            cu_num_sampled_tokens=each + 1,
-            target_logits_indices=none,
-            bonus_logits_indices=each,
-            logits_indices=last,
-        )
+    def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step without drafts is prepared as plain vLLM does.
+
+        The original asks whether there is a speculative config, not whether there are
+        drafts, and gathers the metadata of none.
+        """
+        if scheduler_output.scheduled_spec_decode_tokens:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        config, self.speculative_config = self.speculative_config, None
+        try:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        finally:
+            self.speculative_config = config
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
-        """Keeps the logits for the gate; without drafts, samples as plain vLLM does."""
+        """Keeps the logits for the gate; verifies greedy drafts by their largest."""
         self._target_logits = logits
         greedy = greedy_path.is_plain(self.input_batch.sampling_metadata)
-        if spec_decode_metadata is None or any(spec_decode_metadata.num_draft_tokens):
-            if not self._can_verify(greedy, logits, spec_decode_metadata):
-                return super()._sample(logits, spec_decode_metadata)
+        if spec_decode_metadata is None:
+            if logits is not None and logits.dtype == torch.float32 and not greedy:
+                # The plain sampler edits float32 logits in place; others it copies.
+                self._target_logits = logits.clone()
+        elif self._can_verify(greedy, logits):
             sampled = greedy_path.verified(
                 self.sampler.greedy_sample(logits.to(torch.float32)),
                 spec_decode_metadata.draft_token_ids,
                 spec_decode_metadata.num_draft_tokens,
             )
             return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
-        if logits is not None and logits.dtype == torch.float32 and not greedy:
-            # The plain sampler edits float32 logits in place; any other type it copies.
-            self._target_logits = logits.clone()
-        return super()._sample(logits, None)
+        return super()._sample(logits, spec_decode_metadata)
 
-    def _can_verify(self, greedy: bool, logits: Tensor | None, metadata: Any) -> bool:
+    def _can_verify(self, greedy: bool, logits: Tensor | None) -> bool:
         """Whether the largest logits are all it takes; on GPU the original is as quick."""
         return (
             greedy
-            and metadata is not None
             and logits is not None
             and logits.is_cpu
             and not self.rejection_sampler.synthetic_mode
@@ -112,7 +100,12 @@ class DraftingRunnerMixin:
         orders = attached(scheduler_output)
         self.drafter.start_step(orders.measured, self.requests)
         self._settle(scheduler_output, sampled_token_ids)
-        num_rows = [1 + n for n in spec_decode_metadata.num_draft_tokens]
+        drafted = (
+            [0] * len(sampled_token_ids)
+            if spec_decode_metadata is None
+            else spec_decode_metadata.num_draft_tokens
+        )
+        num_rows = [1 + n for n in drafted]
         rows = list(last_accepted_rows(num_rows, sampled_token_ids))
         drafts = self._draft(rows, sampled_token_ids, sample_hidden_states, orders)
         for i, draft in enumerate(drafts):
