@@ -34,9 +34,8 @@ class Verdict:
 class StepReport:
     """What one step decided and learnt; travels from the worker to the scheduler."""
 
-    req_ids: list[str] = field(default_factory=list)
-    drafts: list[list[int]] = field(default_factory=list)
-    """Per request, the tokens to verify next."""
+    drafts: dict[str, list[int]] = field(default_factory=dict)
+    """By request, the tokens to verify next; none are left out."""
     gate: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Requests by (state, reason): state is open or closed."""
     draft_lengths: Counter[int] = field(default_factory=Counter)

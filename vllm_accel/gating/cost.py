@@ -120,10 +120,11 @@ class _Remembered:
         return used
 
     def _grow(self, more: int) -> None:
-        self._features = np.pad(self._features, ((0, more), (0, 0)))
-        self._seconds, self._loads, self._when = (
-            np.pad(known, (0, more)) for known in (self._seconds, self._loads, self._when)
-        )
+        self._features = np.concatenate([self._features, np.zeros((more, _COLUMNS))])
+        self._seconds = np.concatenate([self._seconds, np.zeros(more)])
+        none = np.zeros(more, dtype=np.int64)
+        self._loads = np.concatenate([self._loads, none])
+        self._when = np.concatenate([self._when, none])
 
     def relative(self) -> Floats:
         """[steps, features] over the seconds measured."""

@@ -110,9 +110,9 @@ class DraftingRunnerMixin:
         drafts = self._draft(rows, sampled_token_ids, sample_hidden_states, orders)
         for i, draft in enumerate(drafts):
             if draft:
-                self._book.note(self.input_batch.req_ids[i], self._num_tokens(i), draft)
-        self._report.req_ids = list(self.input_batch.req_ids)
-        self._report.drafts = drafts
+                req_id = self.input_batch.req_ids[i]
+                self._book.note(req_id, self._num_tokens(i), draft)
+                self._report.drafts[req_id] = draft
         return drafts
 
     def _draft(

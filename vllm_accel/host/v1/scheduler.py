@@ -129,8 +129,9 @@ class AccelScheduler(AsyncScheduler):
     def _take(
         self, report: StepReport, measured: StepTime | None, given: list[int]
     ) -> None:
-        if any(report.drafts):
-            self.update_draft_token_ids(DraftTokenIds(report.req_ids, report.drafts))
+        if report.drafts:
+            req_ids, drafts = list(report.drafts), list(report.drafts.values())
+            self.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
         self._run_ahead.note(report)
         self._count(report, given)
         self._summary.add(report, given, measured)
