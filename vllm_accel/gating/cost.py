@@ -157,12 +157,14 @@ class StepCost:
 
     def __init__(self) -> None:
         self._seen = _Remembered()
+        self._waiting: list[tuple[StepShape, float]] = []
         self._prices: dict[int, Floats] = {}
         self._unfitted = 0
         self._steps = 0
 
     def seconds(self, shape: StepShape) -> Floats:
         """[steps] predicted seconds, above 0; of no use before any step was observed."""
+        self._take_in()
         features = shape.features()
         predicted = np.zeros(len(features))
         if self._seen.shapes:
@@ -174,12 +176,20 @@ class StepCost:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes one measured step in; prices follow after a few, at once if it is new."""
-        alike = self._seen.put(shape, seconds, self._steps)
-        self._steps += 1
-        self._unfitted += 1
-        if self._unfitted >= _BATCH or alike < _FIRST:
-            self._prices.clear()
-            self._unfitted = 0
+        self._waiting.append((shape, seconds))
+        if len(self._waiting) >= _BATCH:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Not in `observe`, step by step: a closed gate is to cost next to nothing."""
+        for shape, seconds in self._waiting:
+            alike = self._seen.put(shape, seconds, self._steps)
+            self._steps += 1
+            self._unfitted += 1
+            if self._unfitted >= _BATCH or alike < _FIRST:
+                self._prices.clear()
+                self._unfitted = 0
+        self._waiting.clear()
 
     def _prices_at(self, load: int) -> Floats:
         """[features] seconds of each, at a load."""
@@ -197,6 +207,7 @@ class StepCost:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; `load_state_dict` makes another one alike."""
+        self._take_in()
         seen = [
             [*map(float, astuple(shape)), seconds, when - self._steps]
             for shape, seconds, when in self._seen.in_order()
@@ -219,6 +230,7 @@ class StepCost:
                 "wrote; delete the state file."
             ) from error
         self._seen, self._steps = seen, 0
+        self._waiting.clear()
         self._prices.clear()
 
 
