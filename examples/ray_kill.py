@@ -126,7 +126,7 @@ def states(serve):
     """How many replicas of the model are in which state."""
     deployments = serve.status().applications["app"].deployments
     (model,) = [d for name, d in deployments.items() if "Ingress" not in name]
-    return {state.value: n for state, n in model.replica_states.items() if n}
+    return {state: n for state, n in model.replica_states.items() if n}
 
 
 def application(settings, *, stock):
