@@ -15,6 +15,8 @@ ENGINE = {
     "kv_cache_memory_bytes": 2**27,
 }
 REQUESTS = 24
+# vLLM binds ranks to NUMA nodes of their own, and refuses two ranks on one node.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 GAP = 2e-2
 """Between the log-probabilities of plain vLLM's two best tokens: below it is a tie."""
 MAX_TIED_SHARE = 0.2
@@ -32,7 +34,8 @@ def ask(run_engine, prompts, tokenizer):
         greedy = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
         sampling = greedy | ({"logprobs": logprobs} if logprobs else {})
         engine = ENGINE | {"tensor_parallel_size": ranks} | more
-        return run_engine(engine, {"prompts": ids, "sampling": [sampling] * len(ids)})
+        batch = {"prompts": ids, "sampling": [sampling] * len(ids)}
+        return run_engine(engine, batch, **ONE_THREAD)
 
     return run
 
