@@ -12,6 +12,7 @@ second; with `--replicas 1` one engine has all the cores that two would share.
 
 import argparse
 import json
+import logging
 import os
 import signal
 import socket
@@ -211,6 +212,7 @@ def report(options, outcomes, counted_s, ready_s, detected_s, healed_s):
 
 
 def main():
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--kill", choices=("actor", "engine", "worker", "nothing"), default="engine")
