@@ -21,7 +21,7 @@ def kill(kind, environment):
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)  # figures; `pytest -rP` shows them
+    sys.stdout.write(done.stdout)  # figures; `pytest -rP` shows them
     return json.loads(done.stdout.splitlines()[-1])
 
 
