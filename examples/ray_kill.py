@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 from openai import OpenAI, OpenAIError
 
@@ -34,7 +34,7 @@ from vllm_accel.ray.settings import ReplicaSettings
 MODEL = Path(__file__).parent / "reference_model" / "weights"
 NAME = "reference"
 TOKENS = 32
-TOLD = (OpenAIError, httpx.HTTPError)
+TOLD = (OpenAIError, httpx2.HTTPError)
 """What the client raises: a failure it notices."""
 
 
@@ -212,7 +212,7 @@ def report(options, outcomes, counted_s, ready_s, detected_s, healed_s):
 
 
 def main():
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line per request
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--kill", choices=("actor", "engine", "worker", "nothing"), default="engine")
