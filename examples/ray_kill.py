@@ -12,6 +12,7 @@ second; with `--replicas 1` one engine has all the cores that two would share.
 
 import argparse
 import json
+import logging
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 from openai import OpenAI, OpenAIError
 
@@ -33,7 +34,7 @@ from vllm_accel.ray.settings import ReplicaSettings
 MODEL = Path(__file__).parent / "reference_model" / "weights"
 NAME = "reference"
 TOKENS = 32
-TOLD = (OpenAIError, httpx.HTTPError)
+TOLD = (OpenAIError, httpx2.HTTPError)
 """What the client raises: a failure it notices."""
 
 
@@ -126,7 +127,7 @@ def states(serve):
     """How many replicas of the model are in which state."""
     deployments = serve.status().applications["app"].deployments
     (model,) = [d for name, d in deployments.items() if "Ingress" not in name]
-    return {state.value: n for state, n in model.replica_states.items() if n}
+    return {state: n for state, n in model.replica_states.items() if n}
 
 
 def application(settings, *, stock):
@@ -211,6 +212,7 @@ def report(options, outcomes, counted_s, ready_s, detected_s, healed_s):
 
 
 def main():
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line per request
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--kill", choices=("actor", "engine", "worker", "nothing"), default="engine")

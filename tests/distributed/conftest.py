@@ -159,24 +159,37 @@ def prompts():
 
 
 @pytest.fixture(scope="session")
-def offline(tmp_path_factory):
-    """offline(token_ids, max_tokens) -> [{token_ids, text}] of plain vLLM, one engine."""
+def run_engine(tmp_path_factory):
+    """run_engine(engine arguments, batch, **environment) -> its result, by one engine."""
 
-    def ask(prompts, max_tokens):
-        result = tmp_path_factory.mktemp("offline") / "result.json"
-        sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
-        batch = {"prompts": prompts, "sampling": [sampling] * len(prompts)}
-        task = {"engine": {"model": str(MODEL), **ENGINE_ARGS}, "batches": [batch]}
+    def run(engine, batch, **environment):
+        folder = tmp_path_factory.mktemp("engine")
+        task = {"folder": str(folder), "env": {}, "engine": engine, "batches": [batch]}
         done = subprocess.run(
-            [sys.executable, str(HERE.parent / "engine" / "run_engine.py"), str(result)],
-            input=json.dumps(task),
-            env=os.environ | ENVIRONMENT | ONE_THREAD,
+            [sys.executable, str(HERE.parent / "engine" / "run_engine.py")],
+            input=f"{json.dumps(task)}\n",
+            env=os.environ | ENVIRONMENT | environment,
             capture_output=True,
             text=True,
             timeout=600,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(result.read_text())["batches"][0]
+        log = folder / "log"
+        said = log.read_text() if log.exists() else done.stderr
+        assert done.stdout == "0\n", said[-4000:]
+        return json.loads((folder / "result.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def offline(run_engine):
+    """offline(token_ids, max_tokens) -> [{token_ids, text}] of plain vLLM, one engine."""
+
+    def ask(prompts, max_tokens):
+        sampling = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+        batch = {"prompts": prompts, "sampling": [sampling] * len(prompts)}
+        engine = {"model": str(MODEL), **ENGINE_ARGS}
+        return run_engine(engine, batch, **ONE_THREAD)["batches"][0]
 
     return ask
 

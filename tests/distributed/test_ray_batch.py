@@ -21,7 +21,7 @@ ENGINE_ARGS = {
 
 @pytest.fixture
 def batch(accel, prompts, tmp_path):
-    """(command, output) of 256 prompts, each twice, and greedy."""
+    """(command, output) of 256 greedy prompts, each more than once."""
     texts = [prompt[:200] for prompt in prompts]
     rows = [{"prompt": texts[n % len(texts)]} for n in range(ROWS)]
     for row in rows:

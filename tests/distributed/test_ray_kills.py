@@ -12,15 +12,16 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parents[2] / "examples" / "ray_kill.py"
 
 
-def kill(kind, environment, *options):
+def kill(kind, environment):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kill", kind, "--seconds", "60", *options],
+        [sys.executable, str(SCRIPT), "--kill", kind],
         env=environment,
         capture_output=True,
         text=True,
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    sys.stdout.write(done.stdout)  # figures; `pytest -rP` shows them
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,13 +1,16 @@
 """Two replicas with cerberus behind one endpoint, through the real OpenAI client."""
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).parents[2]
 TOKENS = 32
 MUST_COUNT = {
     f"ray_vllm_accel_{name}_total"
@@ -32,11 +35,14 @@ def register():
     timer.start()
 
 def report():
+    import vllm_accel
     from vllm.engine.arg_utils import EngineArgs
     title = pathlib.Path("/proc/self/cmdline").read_text().replace(chr(0), " ")
     door = hasattr(EngineArgs.create_speculative_config, "vllm_accel_original")
-    said = json.dumps({"title": title, "door_is_open": door})
-    pathlib.Path(os.environ["ACCEL_REPORTS"], f"{os.getpid()}.json").write_text(said)
+    said = {"title": title, "door_is_open": door, "package": vllm_accel.__file__}
+    pathlib.Path(os.environ["ACCEL_REPORTS"], f"{os.getpid()}.json").write_text(
+        json.dumps(said)
+    )
 """
 
 
@@ -61,7 +67,8 @@ def reporter(tmp_path_factory):
 def served(serve, reporter, tmp_path_factory):
     log = tmp_path_factory.mktemp("serve") / "log"
     config = json.dumps({"method": "cerberus", "gate": "always"})
-    options = ["--speculative-config", config, "--env", f"PYTHONPATH={reporter}"]
+    path = os.pathsep.join([str(reporter), str(ROOT)])
+    options = ["--speculative-config", config, "--env", f"PYTHONPATH={path}"]
     options += ["--env", f"ACCEL_REPORTS={reporter / 'reports'}"]
     with serve(log, *options) as command:
         yield command
@@ -147,7 +154,9 @@ def test_the_plugin_is_in_every_process(served, client, reporter):
 
     by_kind = served.wait_for(told, seconds=60)
     assert {kind: len(found) for kind, found in by_kind.items()} == dict.fromkeys(kinds, 2)
-    assert all(r["door_is_open"] for found in by_kind.values() for r in found)
+    reports = [r for found in by_kind.values() for r in found]
+    assert all(r["door_is_open"] for r in reports)
+    assert {r["package"] for r in reports} == {str(ROOT / "vllm_accel" / "__init__.py")}
 
 
 def counters(url):

@@ -1,57 +1,86 @@
 """Two ranks: the first one's word counts, so a gate that tosses coins does not hang."""
 
-import json
-import os
-import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.distributed
 
-HERE = Path(__file__).parent
-REFERENCE = HERE.parents[1] / "examples" / "reference_model"
+WEIGHTS = Path(__file__).parents[2] / "examples" / "reference_model" / "weights"
+ENGINE = {
+    "model": str(WEIGHTS),
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 2**27,
+}
+REQUESTS = 24
+# vLLM binds ranks to NUMA nodes of their own, and refuses two ranks on one node.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+GAP = 2e-2
+"""Between the log-probabilities of plain vLLM's two best tokens: below it is a tie."""
+MAX_TIED_SHARE = 0.2
+"""Of requests. Two ranks add in another order than one, in bfloat16, and a greedy text
+goes its own way from its first tie on."""
 
 
-def ask(tmp_path, name, **more):
-    prompts = (REFERENCE / "prompts" / "code.jsonl").read_text().splitlines()[:4]
-    engine = {
-        "model": str(REFERENCE / "weights"),
-        "tensor_parallel_size": 2,
-        "enforce_eager": True,
-        "max_model_len": 512,
-        "kv_cache_memory_bytes": 2**27,
-        **more,
-    }
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def ask(run_engine, prompts, tokenizer):
+    """ask(ranks, **engine arguments) -> the result of one engine, of the same requests."""
+    texts = [f"{a}{b}" for a, b in pairwise(prompts[: REQUESTS + 1])]
+    ids = [tokenizer(text).input_ids[:180] for text in texts]
 
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "weights")
-    ids = [tokenizer(json.loads(line)["prompt"]).input_ids[:120] for line in prompts]
-    sampling = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
-    task = {"engine": engine, "batches": [{"prompts": ids, "sampling": [sampling] * 4}]}
-    result = tmp_path / f"{name}.json"
-    environment = {"VLLM_CPU_ATTN_SPLIT_KV": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "engine" / "run_engine.py"), str(result)],
-        input=json.dumps(task),
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(result.read_text())
+    def run(ranks, *, logprobs=None, **more):
+        greedy = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
+        sampling = greedy | ({"logprobs": logprobs} if logprobs else {})
+        engine = ENGINE | {"tensor_parallel_size": ranks} | more
+        batch = {"prompts": ids, "sampling": [sampling] * len(ids)}
+        return run_engine(engine, batch, **ONE_THREAD)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_ranks(ask):
+    return requests(ask(2))
+
+
+def requests(result):
+    return result["batches"][0]
 
 
 def tokens(result):
-    return [r["token_ids"] for r in result["batches"][0]]
+    return [request["token_ids"] for request in requests(result)]
 
 
 @pytest.mark.parametrize("gate", ["vllm_accel.testing:CoinGate", "goodput"])
-def test_two_ranks_draft_as_one_and_say_what_plain_ranks_say(tmp_path, gate):
-    plain = ask(tmp_path, "plain")
-    config = {"method": "cerberus", "gate": gate}
-    found = ask(tmp_path, "cerberus", speculative_config=config)
-    assert tokens(found) == tokens(plain)
+def test_two_ranks_draft_as_one_and_say_what_plain_ranks_say(ask, plain_ranks, gate):
+    found = ask(2, speculative_config={"method": "cerberus", "gate": gate})
+    assert tokens(found) == [request["token_ids"] for request in plain_ranks]
     assert found["metrics"]["vllm:accel_accepted_tokens"] > 0
+
+
+def test_two_ranks_say_what_one_says_but_for_ties(ask, plain_ranks):
+    check_ties(plain_ranks, requests(ask(1, logprobs=2)))
+
+
+def check_ties(found, expected):
+    pairs = list(zip(found, expected, strict=True))
+    gaps = [b["gaps"][at] for a, b in pairs if (at := first_difference(a, b)) is not None]
+    assert all(gap < GAP for gap in gaps)
+    assert len(gaps) <= MAX_TIED_SHARE * len(pairs)
+
+
+def test_two_ranks_prune_as_one_does_but_for_ties(ask):
+    lazy = {"prune_after": [4, 8], "keep": [0.5, 0.25], "min_prompt": 64}
+    lazy |= {"sink": 1, "recent": 1}
+    engine = {"block_size": 32, "additional_config": {"lazyllm": lazy}}
+    one, two = ask(1, logprobs=2, **engine), ask(2, **engine)
+    check_ties(requests(two), requests(one))
+    pruned = "vllm:accel_prompts|state=pruned"
+    assert two["metrics"][pruned] == one["metrics"][pruned] == REQUESTS
+
+
+def first_difference(ours, plain):
+    both = zip(ours["token_ids"], plain["token_ids"], strict=True)
+    return next((i for i, (a, b) in enumerate(both) if a != b), None)
