@@ -171,6 +171,18 @@ class ScriptedEngine:
     def counters(self):
         return {}
 
+    def held(self):
+        return [0.5]
+
+    def pages_ratio(self, num_tokens):
+        return 1.0
+
+    def surviving_pages(self):
+        return None
+
+    def rest(self):
+        pass
+
     def reset_prefix_cache(self):
         pass
 
