@@ -100,7 +100,8 @@ class Engine:
 
     @property
     def _prunes(self) -> bool:
-        return lazyllm.KEY in self._engine.vllm_config.additional_config
+        config = self._engine.vllm_config.additional_config
+        return isinstance(config, dict) and lazyllm.KEY in config
 
     def top2_gap(self, prompt: list[int]) -> float:
         """Difference of the two best next tokens' logprobs after a prompt, in nats."""

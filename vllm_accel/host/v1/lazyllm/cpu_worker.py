@@ -19,4 +19,5 @@ class LazyCPUWorker(CPUWorker):
 
     def surviving_pages(self) -> dict[str, list[int]] | None:
         """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
-        return self.model_runner.surviving_pages()
+        pages: dict[str, list[int]] | None = self.model_runner.surviving_pages()
+        return pages
