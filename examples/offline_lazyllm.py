@@ -26,7 +26,7 @@ if __name__ == "__main__":
         enable_prefix_caching=False,
         disable_log_stats=False,
     )
-    for keep in (1.0, 0.15):  # 1.0 is plain vLLM
+    for keep in (1.0, 0.1):  # 1.0 is plain vLLM
         sampling = SamplingParams(
             temperature=0, max_tokens=3, extra_args={"lazyllm": {"keep": keep}}
         )

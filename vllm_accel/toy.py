@@ -96,6 +96,15 @@ class ToyDecoder(nn.Module):
             hidden = block.finish(hidden, self._attend(layer, query, view))
         return Stream(hidden, stream.positions)
 
+    def attend(
+        self, layer: int, stream: Stream, view: View, on_attention: OnAttention
+    ) -> None:
+        """Runs a layer as far as its attention; keys and values are in the cache."""
+        block = cast(ToyLayer, self.layers[layer])
+        query, key, value = block.project(stream.hidden, stream.positions)
+        self.kv_cache[layer].flatten(1, 2)[:, view.slot_mapping] = torch.stack([key, value])
+        on_attention(layer, query, view)
+
     def logits(
         self,
         hidden: Tensor,  # [num_tokens, hidden_size]

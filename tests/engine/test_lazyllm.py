@@ -18,7 +18,14 @@ ENGINE = {
     "max_model_len": 640,
 }
 POINTS = [2, 4]
-LAZY = {"prune_after": POINTS, "min_prompt": 64, "sink": 1, "recent": 1}
+LAZY = {
+    "prune_after": POINTS,
+    "min_prompt": 64,
+    "sink": 1,
+    "recent": 1,
+    "revive_every": 1,
+    "observe": 1,
+}
 HALF = {**LAZY, "keep": [0.5, 0.25]}
 # Chunked prefill, prefix caching and preemption.
 TIGHT = {"max_num_batched_tokens": 96, "max_num_seqs": 4, "num_gpu_blocks_override": 100}

@@ -11,8 +11,22 @@ import torch
 
 
 class Reference:
-    def __init__(self, toy, *, points, keep, size, sink=0, recent=1, budget=0):
+    def __init__(
+        self,
+        toy,
+        *,
+        points,
+        keep,
+        size,
+        sink=0,
+        recent=1,
+        budget=0,
+        observe=1,
+        every=1,
+        ahead=True,
+    ):
         self.toy, self.size, self.sink, self.recent = toy, size, sink, recent
+        self.observe, self.every, self.ahead = observe, every, ahead
         edges = [0, *points, toy.num_layers]
         self.spans = [range(a, b) for a, b in pairwise(edges)]
         self.keep, self.budget = [1.0, *keep], budget
@@ -40,8 +54,12 @@ class Reference:
         edges = {first // self.size} if first % self.size else set()
         edges.add(pages[-1])
         for k in range(len(self.spans)):
-            rows = self._run_span(k, rows, judge=self.length - 1)
-            if k + 1 < len(self.spans) and not dense:
+            prunes = k + 1 < len(self.spans) and not dense
+            judges = sorted(rows)[-self.observe :]
+            rows = self._run_span(k, rows, judges if prunes and not self.ahead else [])
+            if prunes and self.ahead:
+                self._look_ahead(k, rows, judges)
+            if prunes:
                 running = sorted({i // self.size for i in rows})
                 kept = self._best(k, running, self._count(k + 1, pages, edges), edges)
                 for i in [i for i in rows if i // self.size not in kept]:
@@ -63,11 +81,13 @@ class Reference:
             assert all(span == k for span, _ in back.values())
             self.revived += len(back) // self.size
             rows = {i: hidden for i, (_, hidden) in back.items()} | {position: row}
-            rows = self._run_span(k, rows, judge=position)
+            rows = self._run_span(k, rows, judges=[position])
             row = rows.pop(position)
             if k + 1 < len(self.spans):
                 self.waiting |= {i: (k + 1, hidden) for i, hidden in rows.items()}
-        self._choose()
+        self.wanted = []
+        if (position - self.prompt_len + 1) % self.every == 0:
+            self._choose()
         return self._logits(row)
 
     def _choose(self):
@@ -96,7 +116,7 @@ class Reference:
         order = sorted(pages, key=lambda p: (not self._always(p, edges), -score[p], p))
         return set(order[:count])
 
-    def _run_span(self, k, rows, judge):
+    def _run_span(self, k, rows, judges):
         for layer in self.spans[k]:
             block = self.toy.layers[layer]
             queries = {}
@@ -111,10 +131,27 @@ class Reference:
             for i, hidden in rows.items():
                 out = self._attend(layer, i, queries[i])[0]
                 rows[i] = block.finish(hidden[None], out.flatten()[None])[0]
-        if k + 1 < len(self.spans):
-            weights = self._attend(self.spans[k][-1], judge, queries[judge])[1]
-            self.scores[k] = self._by_page(weights)
+        if judges and k + 1 < len(self.spans):
+            self.scores[k] = self._judged(self.spans[k][-1], judges, queries)
         return rows
+
+    def _look_ahead(self, k, rows, judges):
+        """Scores of the layer to come, as if all rows ran it; nothing of it stays."""
+        layer, queries = self.spans[k + 1][0], {}
+        before = dict(self.keys[layer]), dict(self.values[layer])
+        for i, hidden in rows.items():
+            position = torch.tensor([i])
+            q, key, value = self.toy.layers[layer].project(hidden[None], position)
+            queries[i], self.keys[layer][i], self.values[layer][i] = q[0], key[0], value[0]
+        found = self._judged(layer, judges, queries)
+        self.scores[k] = self.scores.get(k, {}) | found
+        self.keys[layer], self.values[layer] = before
+
+    def _judged(self, layer, judges, queries):
+        paid = [self._attend(layer, judge, queries[judge])[1] for judge in judges]
+        seen = paid[-1]  # of the last token, which sees all the others do
+        weights = {j: sum(p.get(j, 0.0) for p in paid) / len(paid) for j in seen}
+        return self._by_page(weights)
 
     def _attend(self, layer, i, query):
         seen = sorted(j for j in self.keys[layer] if j <= i)

@@ -171,6 +171,15 @@ class ScriptedEngine:
     def counters(self):
         return {}
 
+    def held(self):
+        return [0.5]
+
+    def pages_ratio(self, num_tokens):
+        return 1.0
+
+    def surviving_pages(self):
+        return None
+
     def rest(self):
         pass
 

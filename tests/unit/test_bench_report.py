@@ -41,7 +41,12 @@ def prefill_row(method, length):
         "score": 0.5,
         "score_dense": 0.5,
         "n": 24,
+        "lost": 0,
+        "won": 0,
+        "mcnemar_p": 1.0,
         "kv_pages_ratio": 1.0,
+        "kv_pages_formula": 1.0,
+        "strip": {"[0,3)": "####", "[3,12)": "#..#"} if method == "lazyllm" else None,
     }
 
 
@@ -132,6 +137,23 @@ def test_one_batch_size_is_enough_for_a_picture(tmp_path):
     rows = [decode_row(m, 1, "all", 1.0) for m in ("plain", "ngram", "plain_again")]
     text, _ = report(tmp_path, write(tmp_path / "one.json", rows))
     assert Page(text).found.count("svg") == 2
+
+
+def test_of_a_pruned_prompt_the_surviving_pages_are_drawn(tmp_path):
+    rows = [
+        prefill_row(method, length)
+        for length in (1024, 4096)
+        for method in ("dense", "lazyllm", "dense_again")
+    ]
+    text, _ = report(tmp_path, write(tmp_path / "lazy.json", rows))
+    assert Page(text).found.count("svg") == 3 + 2
+
+
+def test_whole_answers_have_columns_where_they_were_timed():
+    row = prefill_row("dense", 1024)
+    assert "whole answer" not in table.as_text({"rows": [row]})
+    whole = {"total_ms": spread(500), "total_ratio_to_dense": spread(1)}
+    assert "whole answer, ms" in table.as_text({"rows": [row | whole]})
 
 
 def test_the_legend_covers_no_figure_and_fits():

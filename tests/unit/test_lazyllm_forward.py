@@ -11,7 +11,14 @@ from vllm_llama import VllmEngine
 from vllm_accel.lazyllm.config import LazyConfig
 from vllm_accel.testing import write_tiny_model
 
-SMALL = {"prune_after": (2, 4), "min_prompt": 64, "sink": 1, "recent": 1}
+SMALL = {
+    "prune_after": (2, 4),
+    "min_prompt": 64,
+    "sink": 1,
+    "recent": 1,
+    "revive_every": 1,
+    "observe": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def prompt(length, seed=0):
     return torch.randint(1, 64, (length,), generator=generator).tolist()
 
 
-def refer(model, keep, budget):
+def refer(model, keep, budget, **more):
     return Reference(
         LlamaLayers(model),
         points=(2, 4),
@@ -38,6 +45,7 @@ def refer(model, keep, budget):
         sink=1,
         recent=1,
         budget=budget,
+        **more,
     )
 
 
@@ -68,8 +76,8 @@ def test_prefill_and_decoding_with_revival_equal_the_reference(model, keep, budg
 
 
 def test_a_prompt_in_pieces_equals_the_reference(model):
-    engine = make(model, keep=(0.5, 0.25), revive="off")
-    reference = refer(model, (0.5, 0.25), 0)
+    engine = make(model, keep=(0.5, 0.25), revive="off", observe=5)
+    reference = refer(model, (0.5, 0.25), 0, observe=5)
     engine.add("a", prompt(300))
     expected = reference.prefill(prompt(300), 80)
     for _ in range(0, 300, 80):

@@ -12,6 +12,10 @@ from vllm_accel.spans import padding_ratio, spans_between
 EVERY_KEY = {
     "prune_after": [2, 4],
     "keep": [0.5, 0.2],
+    "progressive": False,
+    "choose": "random",
+    "observe": 8,
+    "look_ahead": False,
     "granularity": "token",
     "pooling": "max",
     "min_prompt": 100,
@@ -19,6 +23,7 @@ EVERY_KEY = {
     "sink": 4,
     "recent": 64,
     "revive": "off",
+    "revive_every": 3,
     "revive_pages": 2,
 }
 
@@ -51,6 +56,8 @@ def test_a_config_survives_json():
         ({"prune_after": (4, 8), "keep": (0.2, 0.5)}, "none larger than the one before"),
         ({"prune_after": (4, 8), "keep": (0.5,)}, "has 1 shares: expected one per"),
         ({"keep": (0.5, 0.2)}, "give both, or one number"),
+        ({"choose": "length"}, "expected attention or random"),
+        ({"progressive": 1}, "expected true or false"),
         ({"granularity": "word"}, "expected page or token"),
         ({"pooling": ["max"]}, "expected mean or max"),
         ({"min_prompt": 0}, "expected a whole number from 1 up"),
@@ -106,6 +113,12 @@ def test_one_number_is_reached_by_equal_factors():
     assert shares((0.6, 0.1), 2) == (1.0, 0.6, 0.1)
 
 
+def test_static_pruning_comes_down_at_once_for_a_request_too():
+    plan = schedule(keep=0.25, progressive=False)
+    assert plan.keep == (1.0, 0.25, 0.25)
+    assert plan.with_keep(0.5).keep == (1.0, 0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     "num_layers", [3, 4, 12, 16, 22, 26, 28, 30, 31, 32, 36, 40, 61, 80]
 )
@@ -113,7 +126,7 @@ def test_default_points_are_early_and_waste_little(num_layers):
     first, second = default_points(num_layers)
     spans = spans_between((first, second), num_layers)
     assert padding_ratio(spans) <= 0.1
-    assert num_layers / 6 <= first <= num_layers / 3
+    assert num_layers / 4 <= first <= num_layers / 2.8
 
 
 def test_a_model_too_shallow_for_spans_is_refused():

@@ -12,7 +12,14 @@ from vllm_steps import Steps
 
 from vllm_accel.testing import write_tiny_model
 
-LAZY = {"prune_after": [2, 4], "min_prompt": 64, "sink": 1, "recent": 1}
+LAZY = {
+    "prune_after": [2, 4],
+    "min_prompt": 64,
+    "sink": 1,
+    "recent": 1,
+    "revive_every": 1,
+    "observe": 1,
+}
 HALF = {**LAZY, "keep": [0.5, 0.25], "revive_pages": 2}
 
 

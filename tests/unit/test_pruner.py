@@ -10,7 +10,14 @@ from toy_engine import ToyEngine
 from vllm_accel.lazyllm.config import LazyConfig
 from vllm_accel.toy import ToyDecoder
 
-SMALL = {"prune_after": (1, 2), "min_prompt": 1, "sink": 1, "recent": 1}
+SMALL = {
+    "prune_after": (1, 2),
+    "min_prompt": 1,
+    "sink": 1,
+    "recent": 1,
+    "revive_every": 1,
+    "observe": 1,
+}
 
 
 def prompt(length, seed=0):
@@ -24,7 +31,7 @@ def make(size=4, reserve=0, num_blocks=256, **settings):
     return ToyEngine(toy, LazyConfig(**SMALL | settings), reserve)
 
 
-def refer(engine, keep, budget):
+def refer(engine, keep, budget, **more):
     return Reference(
         engine.toy,
         points=(1, 2),
@@ -33,6 +40,7 @@ def refer(engine, keep, budget):
         sink=1,
         recent=1,
         budget=budget,
+        **more,
     )
 
 
@@ -79,6 +87,41 @@ def test_a_prompt_in_pieces_equals_the_reference(most):
         got = engine.step(["a"], most)["a"]
     agree(got, expected)
     decode_alike(engine, reference, expected, steps=8)
+
+
+@pytest.mark.parametrize(("size", "most"), [(4, 39), (4, 10), (1, 39)])
+def test_several_tokens_may_say_who_matters(size, most):
+    engine = make(size, keep=(0.5, 0.25), revive_pages=2, observe=6)
+    reference = refer(engine, (0.5, 0.25), budget=2, observe=6)
+    engine.add("a", prompt(39))
+    expected = reference.prefill(prompt(39), most)
+    for _ in range(0, 39, most):
+        got = engine.step(["a"], most)["a"]
+    agree(got, expected)
+    decode_alike(engine, reference, expected, steps=8)
+
+
+@pytest.mark.parametrize(("size", "most"), [(4, 39), (4, 10), (1, 39)])
+def test_the_layer_just_run_may_say_who_matters_as_in_the_paper(size, most):
+    engine = make(size, keep=(0.5, 0.25), revive_pages=2, look_ahead=False)
+    reference = refer(engine, (0.5, 0.25), budget=2, ahead=False)
+    engine.add("a", prompt(39))
+    expected = reference.prefill(prompt(39), most)
+    for _ in range(0, 39, most):
+        got = engine.step(["a"], most)["a"]
+    agree(got, expected)
+    decode_alike(engine, reference, expected, steps=8)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_pages_may_be_chosen_every_few_steps(every):
+    engine = make(keep=(0.5, 0.25), revive_pages=2, revive_every=every)
+    reference = refer(engine, (0.5, 0.25), budget=2, every=every)
+    engine.add("a", prompt(39))
+    expected = reference.prefill(prompt(39))
+    agree(engine.step(["a"])["a"], expected)
+    decode_alike(engine, reference, expected, steps=20)
+    assert engine.pruner.counts.pages_revived == reference.revived > 0
 
 
 def test_a_cached_dense_prefix_is_used_and_the_rest_pruned():
@@ -152,7 +195,8 @@ def test_positions_are_never_renumbered_and_the_last_token_is_kept():
         assert lane.positions[-1] == 39
         assert (np.diff(lane.positions) > 0).all()
         scores = torch.rand(lane.seq_len)
-        stream = step.leave(k, stream, dict.fromkeys(step.scored(k), scores))
+        asked = step.scored(k) or step.ahead(k)[1]
+        stream = step.leave(k, stream, dict.fromkeys(asked, scores))
     assert torch.equal(stream.positions, torch.from_numpy(step.origin))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vllm_accel.lazyllm.aux_cache import AuxCache
-from vllm_accel.lazyllm.importance import last_row_probabilities
+from vllm_accel.lazyllm.importance import attention_paid
 from vllm_accel.lazyllm.pruner import Pruner
 from vllm_accel.lazyllm.schedule import Schedule
 from vllm_accel.paging import (
@@ -72,7 +72,7 @@ class ToyEngine:
     """Steps of several requests; every page that is given away is wiped."""
 
     def __init__(self, toy, config, reserve=0):
-        self.toy, self.reserve = toy, reserve
+        self.toy, self.reserve, self.observe = toy, reserve, config.observe
         self.compacts = config.granularity == "token"
         self.size = toy.block_size
         schedule = Schedule.of(config, num_layers=toy.num_layers, block_size=self.size)
@@ -201,6 +201,7 @@ class ToyEngine:
             stream = step.enter(k, stream)
             views = self._views(k, step.lanes(k))
             stream, importance = self._layers(span, stream, views, step.scored(k))
+            importance |= self._ahead(k, step, stream)
             stream = step.leave(k, stream, importance)
         return stream.hidden
 
@@ -238,16 +239,31 @@ class ToyEngine:
             torch.from_numpy(starts), lens, table, torch.from_numpy(np.hstack(places))
         )
 
+    def _ahead(self, k, step, stream):
+        lanes, asked = step.ahead(k)
+        if not asked:
+            return {}
+        layer, found = self.spans[k + 1].first, {}
+        make = compact_view_of if self.compacts else view_of
+        view = make(lanes, lambda r: self.rows[r][self.group_of[layer]], self.size)
+        rows = stream.take(torch.arange(sum(map(len, lanes))))
+        self.toy.attend(layer, rows, view, self._scorer(layer, asked, found))
+        return found
+
     def _layers(self, span, stream: Stream, views, scored):
         found = {}
-
-        def score(layer, query, view):
-            for req_id, lane in scored.items() if layer == span.last else ():
-                row = query[int(view.query_start_loc[lane + 1]) - 1]
-                keys = self.toy.keys(layer, view, lane)
-                found[req_id] = last_row_probabilities(row, keys, self.toy.scale)
-
+        score = self._scorer(span.last, scored, found)
         for layer in range(span.first, span.stop):
             view = views[self.group_of[layer]]
             stream = self.toy.run(Span(layer, layer + 1), stream, view, score)
         return stream, found
+
+    def _scorer(self, asked, scored, found):
+        def score(layer, query, view):
+            for req_id, lane in scored.items() if layer == asked else ():
+                first, stop = view.query_start_loc[lane : lane + 2].tolist()
+                rows = query[max(first, stop - self.observe) : stop]
+                keys = self.toy.keys(layer, view, lane)
+                found[req_id] = attention_paid(rows, keys, self.toy.scale)
+
+        return score

@@ -79,11 +79,14 @@ def _prefill(options: argparse.Namespace) -> int:
     groups = _questions(options, tokenizer)
     for questions in groups:
         prefill.check_rounds(len(questions), options.rounds)
-    longest = max(len(q.token_ids) + q.max_tokens for group in groups for q in group)
+    longest = prefill.longest(groups, options.max_tokens)
     common = _common(options, _LEAST_SEQS, options.max_model_len or longest)
+    common["disable_log_stats"] = False  # pages are counted there
     total = prefill.answers(groups, len(by_method) + 1)
     with _running(by_method, common) as engines, tqdm(total=total, unit="answers") as bar:
-        bench = prefill.PrefillBench(engines, tokenizer, options.rounds, bar.update)
+        bench = prefill.PrefillBench(
+            engines, tokenizer, options.rounds, bar.update, options.max_tokens
+        )
         content = _written(options.output, bench.rows(groups))
     print(table.as_text(content))
     return 0
@@ -311,11 +314,18 @@ def _add_prefill(kinds: "_Commands") -> None:
         help="per length, shared out to the rounds; default 24",
     )
     add(
+        "--max-tokens",
+        type=whole(8),
+        metavar="N",
+        help="of every answer, to time whole answers too; default: an answer's own length",
+    )
+    add(
         "--lazyllm",
         type=json_object,
         default={},
         metavar="JSON",
-        help='settings for lazyllm, such as {"keep": 0.3}; its pages have 32 tokens',
+        help='settings for lazyllm, such as {"keep": 0.3}; its pages have 64 tokens; '
+        "random-drop and static-prune keep as much",
     )
     add("--max-model-len", type=whole(1), help="default: the longest prompt and answer")
     parser.set_defaults(run=_prefill)

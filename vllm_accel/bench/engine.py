@@ -37,6 +37,18 @@ class Engine(Protocol):
         """`vllm:accel_*` counters by name; `NAME|STATE` where they have a state."""
         ...
 
+    def held(self) -> list[float]:
+        """Share of the KV-cache pool in use after each step of the last `run`."""
+        ...
+
+    def pages_ratio(self, num_tokens: int) -> float:
+        """Block ids a prompt should hold once prefilled, over those of a dense one."""
+        ...
+
+    def surviving_pages(self) -> dict[str, list[int]] | None:
+        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
+        ...
+
     def reset_prefix_cache(self) -> None:
         """Forgets every prompt."""
         ...

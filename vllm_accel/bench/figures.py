@@ -101,6 +101,8 @@ def _paint(chart: Chart, axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     """Below the picture, where it covers no figure."""
     handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
     axes.legend(
         handles,
         labels,
@@ -126,9 +128,16 @@ def _decode_charts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def _prefill_charts(rows: Sequence[Row]) -> list[Chart]:
-    return [
+    pictures = [
         Chart("First token", _ratios(rows, _PREFILL)),
         Chart("Time to the first token", _ttft(rows)),
+    ]
+    if list(_coloured(rows, _PREFILL)):
+        pictures.append(Chart("Score, and what it costs", _scores(rows)))
+    return pictures + [
+        Chart(f"{row['method']}, a prompt of {row['prompt_length']} tokens", _strip(row))
+        for row in rows
+        if row.get("strip")
     ]
 
 
@@ -208,6 +217,43 @@ def _ttft(rows: Sequence[Row]) -> Callable[[Axes], None]:
             _spread_line(axes, line, ("prompt_length", "ttft_ms"), method, colour)
         axes.set_ylabel("milliseconds")
         axes.set_ylim(bottom=0)
+
+    return paint
+
+
+def _scores(rows: Sequence[Row]) -> Callable[[Axes], None]:
+    """A point per method and prompt length, told apart by size; dense's scores as lines."""
+
+    def paint(axes: Axes) -> None:
+        lengths = sorted({row["prompt_length"] for row in rows})
+        for colour, method in [("black", "dense"), *_coloured(rows, _PREFILL)]:
+            line = [row for row in rows if row["method"] == method]
+            sizes = [20 + 30 * lengths.index(row["prompt_length"]) for row in line]
+            ratios = [row["ratio_to_dense"]["median"] for row in line]
+            scores = [100 * row["score"] for row in line]
+            axes.plot(ratios, scores, color=colour, alpha=0.4, linewidth=1)
+            axes.scatter(ratios, scores, sizes, color=colour, label=method)
+        axes.set_xlabel("times sooner than dense; larger points, longer prompts")
+        axes.set_ylabel("right answers, %")
+        axes.set_ylim(0, 103)
+
+    return paint
+
+
+def _strip(row: Row) -> Callable[[Axes], None]:
+    """Pages of a prompt from left to right, spans of layers from top to bottom."""
+
+    def paint(axes: Axes) -> None:
+        lines: dict[str, str] = row["strip"]
+        ran = [[page == "#" for page in line] for line in lines.values()]
+        axes.imshow(
+            ran, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="none"
+        )
+        shares = [f"{sum(line) / len(line):.0%}" for line in ran]
+        names = [f"{span}\n{share}" for span, share in zip(lines, shares, strict=True)]
+        axes.set_yticks(range(len(lines)), names)
+        axes.set_ylabel("layers")
+        axes.set_xlabel("page of the prompt; blue: ran these layers")
 
     return paint
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_accel.errors import ConfigError
+from vllm_accel.lazyllm.config import LazyConfig
 
 COUNTED = {"cerberus", "free"}
 """Methods of ours: they count what their gate does."""
@@ -146,21 +147,35 @@ DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
 }
 """Arguments of the engine for each method of `bench decode`."""
 
-LAZY_PAGE = 32
+LAZY_PAGE = 64
 """Tokens in a page of the method `lazyllm`: what it keeps or leaves out as one."""
 
 WHOLE_PROMPT = 8192
 """Tokens of a step of `dense-whole`, as lazyllm has them (`max_whole_prompt`)."""
 
 
-def _lazyllm(settings: Settings) -> dict[str, Any]:
-    config = {"lazyllm": settings.lazyllm}
+def _lazyllm(settings: Settings, **baseline: Any) -> dict[str, Any]:
+    config = {"lazyllm": settings.lazyllm | baseline}
     return {"additional_config": config, "block_size": LAZY_PAGE}
+
+
+def _random_drop(settings: Settings) -> dict[str, Any]:
+    """As much of a prompt as lazyllm keeps, where it keeps it, chosen by chance."""
+    return _lazyllm(settings, choose="random", revive="off")
+
+
+def _static_prune(settings: Settings) -> dict[str, Any]:
+    """Down to what lazyllm keeps in the end, once, at its first point."""
+    keep = settings.lazyllm.get("keep", LazyConfig().keep)
+    last = keep[-1] if isinstance(keep, list) and keep else keep
+    return _lazyllm(settings, keep=last, progressive=False, revive="off")
 
 
 PREFILL: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "dense": lambda settings: {},
     "dense-whole": lambda settings: {"max_num_batched_tokens": WHOLE_PROMPT},
     "lazyllm": _lazyllm,
+    "random-drop": _random_drop,
+    "static-prune": _static_prune,
 }
-"""Arguments of the engine for each method of `bench prefill`."""
+"""Arguments of the engine for each method of `bench prefill`: the paper's (table 1)."""

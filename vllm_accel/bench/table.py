@@ -56,8 +56,18 @@ PREFILL: list[Column] = [
     ("score", _share("score")),
     ("dense's score", _share("score_dense")),
     ("n", _key("n")),
+    ("lost", _key("lost")),
+    ("won", _key("won")),
+    ("p", _number("mcnemar_p", 2)),
     ("KV pages", _number("kv_pages_ratio", 2)),
+    ("formula", _number("kv_pages_formula", 2)),
 ]
+
+WHOLE: list[Column] = [
+    ("whole answer, ms", _spread("total_ms", 0)),
+    ("times sooner", _spread("total_ratio_to_dense", 2)),
+]
+"""Where `bench prefill` had --max-tokens."""
 
 TIME: list[Column] = [DECODE[i] for i in (0, 1, 2, 6, 7)]
 """Where a method's time goes."""
@@ -65,7 +75,10 @@ TIME: list[Column] = [DECODE[i] for i in (0, 1, 2, 6, 7)]
 
 def columns(content: Document) -> list[Column]:
     """The columns of a file's rows."""
-    return PREFILL if is_prefill(content) else DECODE
+    if not is_prefill(content):
+        return DECODE
+    whole = all("total_ms" in row for row in content["rows"])
+    return PREFILL + WHOLE if whole else PREFILL
 
 
 def cells(rows: Sequence[Row], of: Sequence[Column]) -> list[list[str]]:

@@ -60,6 +60,21 @@ class Decoder:
         """What the span's last layer hands on; see the class for its two ends."""
         return self._unit(span)(hidden, residual, positions)
 
+    def attend(
+        self,
+        layer: int,
+        hidden: Tensor,  # [n, hidden_size]
+        residual: Tensor | None,  # [n, hidden_size]
+        positions: Tensor,  # [n] int64
+    ) -> None:
+        """Runs a layer as far as its attention, for what that writes and sees on the way.
+
+        Not compiled: attention is most of it, and nothing else of the layer is run.
+        """
+        whole = hidden if residual is None else hidden + residual
+        module = self._inner.layers[layer]
+        module.self_attn(positions=positions, hidden_states=module.input_layernorm(whole))
+
     def norm(self, hidden: Tensor) -> Tensor:
         """[n, hidden_size] after the final norm, of states whose residual is added."""
         normed: Tensor = self._inner.norm(hidden)

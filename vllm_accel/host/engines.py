@@ -11,8 +11,11 @@ from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import get_tokenizer
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_accel.errors import AccelError
+from vllm_accel.host import lazyllm
+from vllm_accel.host.v1.lazyllm import settings as lazy_settings
 
 _RESET_TRIES = 100
 _RESET_WAIT_S = 0.01
@@ -32,6 +35,10 @@ class Engine:
     def __init__(self, **engine_args: Any) -> None:
         self._llm = LLM(**engine_args)
         self._engine = self._llm.llm_engine
+        self._pool = _PoolUse()
+        self._held: list[float] = []
+        if self._engine.logger_manager is not None:
+            self._engine.logger_manager.stat_loggers = [self._pool]
 
     @property
     def dtype(self) -> str:
@@ -60,13 +67,41 @@ class Engine:
         for place, (prompt, params) in enumerate(asked):
             self._engine.add_request(str(place), prompt, params)
         steps = []
+        self._held = []
         while self._engine.has_unfinished_requests():
             outputs = self._engine.step()
             at = time.perf_counter() - began
             given = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs}
             if any(given.values()):
                 steps.append((at, {place: ids for place, ids in given.items() if ids}))
+                self._held.append(self._pool.share)
         return steps
+
+    def held(self) -> list[float]:
+        """Share of the KV-cache pool in use after each step of the last `run`.
+
+        Zeros unless the engine has `disable_log_stats=False`. What pruning gives back
+        shows a step later, as it is taken back when vLLM has counted.
+        """
+        return self._held
+
+    def pages_ratio(self, num_tokens: int) -> float:
+        """Block ids a prompt should hold once prefilled, over those of a dense one."""
+        if not self._prunes:
+            return 1.0
+        return lazy_settings.pages_ratio(self._engine.vllm_config, num_tokens)
+
+    def surviving_pages(self) -> dict[str, list[int]] | None:
+        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
+        if not self._prunes:
+            return None
+        pages: dict[str, list[int]] | None = self._llm.collective_rpc("surviving_pages")[0]
+        return pages
+
+    @property
+    def _prunes(self) -> bool:
+        config = self._engine.vllm_config.additional_config
+        return isinstance(config, dict) and lazyllm.KEY in config
 
     def top2_gap(self, prompt: list[int]) -> float:
         """Difference of the two best next tokens' logprobs after a prompt, in nats."""
@@ -115,6 +150,21 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's processes."""
         self._engine.engine_core.shutdown()
+
+
+class _PoolUse(AggregateStatLoggerBase):
+    """In place of vLLM's loggers: the share of the KV-cache pool that is in use."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+    def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        """See `StatLoggerBase.record`."""
+        if scheduler_stats is not None:
+            self.share = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
 
 
 def tokenizer(model: str) -> Any:

@@ -5,7 +5,7 @@ Paper and code, section 3 of the paper:
 | paper | here |
 |---|---|
 | pruning layer l | the last layer of a span |
-| s_i, importance of token i at l (equation 1) | `importance.last_row_probabilities` |
+| s_i, importance of token i at l (equation 1) | `importance.attention_paid` |
 | k_l-th percentile | `Schedule.keep`: the share of the prompt that runs the next span |
 | Aux Cache | `aux_cache.AuxCache`, one entry per token instead of one per token and layer |
 

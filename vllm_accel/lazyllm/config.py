@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from vllm_accel.errors import ConfigError, refuse_unknown_keys
 
 GRANULARITIES = ("page", "token")
+CHOICES = ("attention", "random")
 POOLINGS = ("mean", "max")
 REVIVALS = ("budget", "off")
 
@@ -21,13 +22,30 @@ class LazyConfig:
     """Settings of the LazyLLM method."""
 
     prune_after: tuple[int, ...] | None = None
-    """Layers run before each pruning point, ascending. None: a quarter and about half of
+    """Layers run before each pruning point, ascending. None: a third and two thirds of
     the depth, as near as whole KV-cache groups allow."""
 
-    keep: Keep = 0.15
+    keep: Keep = 0.1
     """Share of the prompt, above 0 and at most 1, left after the last pruning point, with
     equal factors at those before; or the share left after each. 1 prunes nothing. With
-    the default points 0.15 computes 0.42 of a dense prefill's layers."""
+    the default points 0.1 computes 0.47 of a dense prefill's layers, and of its attention
+    0.37."""
+
+    progressive: bool = True
+    """Whether one `keep` is reached step by step over all points. False: at the first, as
+    the paper's static pruning has it."""
+
+    choose: str = "attention"
+    """What says who matters: "attention" of the last token, or "random" numbers from a
+    fixed seed, the paper's random drop: only good to compare with."""
+
+    observe: int = 8
+    """Last tokens of a prompt whose attention counts, all alike. The paper has 1."""
+
+    look_ahead: bool = True
+    """Whether a prefill asks the attention of the layer to come who runs it, a layer
+    sooner than the paper, which asks the layer just run. Decoding asks the layer just
+    run: in the one to come it has no keys of those it could bring back."""
 
     granularity: str = "page"
     """What is kept or pruned as one: a KV-cache "page" or, as in the paper, a "token"."""
@@ -52,6 +70,10 @@ class LazyConfig:
     """Whether decoding brings back what it finds to matter: "budget" or "off". None:
     "budget" for pages, "off" for tokens."""
 
+    revive_every: int = 8
+    """Decoding steps from one choice of a request's pages to its next. The paper chooses
+    in every step, and what it brings back costs as much as it would have in the prefill."""
+
     revive_pages: int = 4
     """Most pages brought back in one step, of all requests and spans together."""
 
@@ -61,10 +83,13 @@ class LazyConfig:
                 object.__setattr__(self, key, tuple(getattr(self, key)))
         _check_points(self.prune_after)
         _check_keep(self.keep, self.prune_after)
+        _check_choice("choose", self.choose, CHOICES)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("pooling", self.pooling, POOLINGS)
         if self.revive is not None:
             _check_choice("revive", self.revive, REVIVALS)
+        for key in ("progressive", "look_ahead"):
+            _check_bool(key, getattr(self, key))
         for key, least in _LEAST.items():
             _check_number(key, getattr(self, key), least)
         if self.granularity == "token" and self.revive == "budget":
@@ -101,6 +126,8 @@ _LEAST = {
     "max_whole_prompt": 1,
     "sink": 0,
     "recent": 1,
+    "observe": 1,
+    "revive_every": 1,
     "revive_pages": 1,
 }
 
@@ -146,6 +173,14 @@ def _check_number(key: str, value: object, least: int) -> None:
         raise ConfigError(
             f"lazyllm.{key}={value!r} is not allowed: expected a whole number from {least} "
             "up; leave it out for the default."
+        )
+
+
+def _check_bool(key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"lazyllm.{key}={value!r} is not allowed: expected true or false; leave it out "
+            "for the default."
         )
 
 

@@ -1,27 +1,41 @@
 """How much the last token looks at every other, and who is kept for it."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_accel.paging import num_pages
 
-def last_row_probabilities(
-    query: Tensor,  # [num_heads, head_dim] of the last token, after rotary
-    keys: Tensor,  # [context_len, num_kv_heads, head_dim] of all it sees, itself included
+Scorer = Callable[[Tensor, int], NDArray[np.float32]]
+"""Tokens' importance [context_len] and tokens in a page, to pages' [num_pages]."""
+
+_SEED = 0
+
+
+def attention_paid(
+    query: Tensor,  # [num_rows, num_heads, head_dim] of the last tokens, after rotary
+    keys: Tensor,  # [context_len, num_kv_heads, head_dim] of all they see, themselves too
     scale: float,
 ) -> Tensor:
-    """Importance of every token: the attention the last one pays it, mean over heads.
+    """Importance of every token: the attention the last ones pay it, mean over heads.
 
-    Paper, equation 1. Heads that share a key head stand side by side, as in vLLM. Under
-    tensor parallelism this is a rank's share: average over ranks.
+    Paper, equation 1, with one row; of more the mean. Heads that share a key head stand
+    side by side, as in vLLM. Under tensor parallelism this is a rank's share: average
+    over ranks.
 
     Returns:
         [context_len] float32, sums to 1.
     """
-    grouped = query.float().unflatten(0, (keys.shape[1], -1))
-    logits = torch.einsum("kgd,ckd->kgc", grouped, keys.float()) * scale
-    return logits.softmax(dim=-1).mean(dim=(0, 1))
+    num_rows = len(query)
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    logits = torch.einsum("rkgd,ckd->kgrc", grouped, keys.float()) * scale
+    later = torch.ones(num_rows, num_rows, dtype=torch.bool, device=keys.device).triu(1)
+    logits[..., -num_rows:].masked_fill_(later, -math.inf)
+    return logits.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 
 def pooled(
@@ -44,6 +58,22 @@ def pooled(
         filled = np.minimum(page_tokens, len(values) - firsts)
         found = np.add.reduceat(values, firsts) / filled.astype(np.float32)
     return found
+
+
+def scorer(choose: str, pooling: str) -> Scorer:
+    """What makes pages' importance of their tokens'.
+
+    Args:
+        choose: "attention", or "random" for numbers that have nothing to do with it: the
+            same on every rank, as all of them draw for the same pages in the same order.
+        pooling: see `pooled`.
+    """
+    if choose == "attention":
+        return lambda importance, page_tokens: pooled(importance, page_tokens, pooling)
+    rng = np.random.default_rng(_SEED)
+    return lambda importance, page_tokens: rng.random(
+        num_pages(len(importance), page_tokens), dtype=np.float32
+    )
 
 
 def most_important(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_accel.lazyllm.aux_cache import AuxCache
 from vllm_accel.lazyllm.config import Keep, LazyConfig
-from vllm_accel.lazyllm.importance import pooled
+from vllm_accel.lazyllm.importance import scorer
 from vllm_accel.lazyllm.prompt import PrunedPrompt
 from vllm_accel.lazyllm.schedule import Schedule
 from vllm_accel.paging import Wanted, num_pages
@@ -54,9 +54,15 @@ class Pruner:
         self.config = config
         self.schedule = schedule
         self.aux = aux
+        self.score = scorer(config.choose, config.pooling)
+        """See `importance.Scorer`."""
+        self.latest: PrunedPrompt | None = None
+        """The prompt admitted last of those that are pruned, for people to look at."""
         self._prompts: dict[str, PrunedPrompt] = {}
-        self._judged_at: dict[str, int] = {}
+        self._judged_at: dict[str, tuple[int, int]] = {}
+        """{req_id: (step, running number)}"""
         self._turns = count(1)
+        self._steps = 0
         self.counts = PruneCounts([0] * len(schedule.spans))
 
     def admit(
@@ -81,7 +87,8 @@ class Pruner:
         if not schedule.prunes(num_prompt_tokens) or num_cached_tokens >= num_prompt_tokens:
             self.counts.prompts_inert += 1
             return
-        self._prompts[req_id] = PrunedPrompt(schedule, num_prompt_tokens, num_cached_tokens)
+        self.latest = PrunedPrompt(schedule, num_prompt_tokens, num_cached_tokens)
+        self._prompts[req_id] = self.latest
         self.counts.prompts_pruned += 1
         if self.aux is not None:
             assert aux_slots is not None, f"{req_id} has no room in the Aux Cache"
@@ -109,21 +116,26 @@ class Pruner:
             scheduled: per request in batch order, the tokens [first, stop) it runs.
             revived: pages granted with this step, to be run in it.
         """
+        self._steps += 1
         flows = [
             _Flow(req_id, self._prompts.get(req_id), piece, np.arange(*piece))
             for req_id, piece in scheduled.items()
         ]
         return Step(self, flows, revived)
 
-    def judge(self, req_ids: Iterable[str]) -> set[str]:
-        """Those of the decoding requests whose turn it is to choose their pages again.
+    def judge(self, prefilling: set[str], decoding: Iterable[str]) -> set[str]:
+        """Requests whose pages are chosen in this step: who prefills, and whose turn it is.
 
-        As many as could each have one page back in a step: scoring costs time too.
+        Of those that decode as many as could each have one page back in a step, each not
+        before `revive_every` steps: scoring costs time, and so does a page.
         """
-        waiting = sorted(req_ids, key=lambda req_id: self._judged_at.get(req_id, 0))
-        turn = waiting[: self.config.revive_pages]
-        self._judged_at.update(zip(turn, self._turns, strict=False))
-        return set(turn)
+        latest = self._steps - self.config.revive_every
+        since = {req_id: self._judged_at.get(req_id, (latest, 0)) for req_id in decoding}
+        due = [req_id for req_id, (step, _) in since.items() if step <= latest]
+        turn = sorted(due, key=since.__getitem__)[: self.config.revive_pages]
+        for req_id in (*sorted(prefilling), *turn):  # in the same order on every rank
+            self._judged_at[req_id] = (self._steps, next(self._turns))
+        return prefilling.union(turn)
 
     def take_counts(self) -> PruneCounts:
         """The counts so far; they start again."""
@@ -157,6 +169,16 @@ class _Flow:
             pages = self.prompt.seen(span, self.piece[1])
         assert pages[-1] == last, f"{self.req_id} lost the page of its last token"
         seq_len = (len(pages) - 1) * page_tokens + self.piece[1] - last * page_tokens
+        return Lane(self.req_id, self.positions, pages, seq_len)
+
+    def lane_ahead(self, span: int, page_tokens: int) -> Lane:
+        """As it would be in the span to come, were none of its rows pruned before."""
+        stop = self.piece[1]
+        pages = np.arange(num_pages(stop, page_tokens))
+        if self.prompt is not None:
+            running = self.prompt.pages_of(self.positions)
+            pages = np.union1d(self.prompt.seen(span, stop), running)
+        seq_len = (len(pages) - 1) * page_tokens + stop - int(pages[-1]) * page_tokens
         return Lane(self.req_id, self.positions, pages, seq_len)
 
 
@@ -197,7 +219,8 @@ class Step:
                 flow.prompt.start(flow.positions)
         self._judged = {flow.req_id for flow in flows if flow.prefills}
         if pruner.aux is not None:
-            self._judged |= pruner.judge(flow.req_id for flow in flows if flow.may_revive)
+            decoding = [flow.req_id for flow in flows if flow.may_revive]
+            self._judged = pruner.judge(self._judged, decoding)
 
     @property
     def needs_spans(self) -> bool:
@@ -224,8 +247,26 @@ class Step:
         return {
             flow.req_id: i
             for i, flow in enumerate(self._flows)
-            if flow.req_id in self._judged
+            if flow.req_id in self._judged and not self._asks_ahead(flow)
         }
+
+    def ahead(self, span: int) -> tuple[list[Lane], dict[str, int]]:
+        """Who is to be judged by the span to come, before its first layer is run.
+
+        Returns:
+            Lanes of the requests' rows in the span after `span`, nothing pruned, and
+            {req_id: index of its lane} of those whose last row is to be scored there.
+        """
+        asked = {
+            flow.req_id: i for i, flow in enumerate(self._flows) if self._asks_ahead(flow)
+        }
+        if not asked or span == len(self._spans) - 1:
+            return [], {}
+        lanes = [flow.lane_ahead(span + 1, self._page_tokens) for flow in self._flows]
+        return lanes, asked
+
+    def _asks_ahead(self, flow: _Flow) -> bool:
+        return self._pruner.schedule.look_ahead and flow.prefills
 
     def enter(self, span: int, stream: Stream) -> Stream:
         """The rows that flow, and behind them those revived for this span."""
@@ -245,16 +286,16 @@ class Step:
         """Takes in what the last rows paid attention to.
 
         Args:
-            importance: {req_id: [seq_len] float32} of the lanes that are `scored`.
+            importance: {req_id: [seq_len] float32} of the lanes that are `scored`, by
+                this span or `ahead` of the next.
         """
         for flow in self._flows:
             if flow.prompt is not None and flow.req_id in importance:
-                lane = flow.lane(span, self._page_tokens)
-                scores = pooled(
-                    importance[flow.req_id],
-                    self._page_tokens,
-                    self._pruner.config.pooling,
-                )
+                if self._asks_ahead(flow):
+                    lane = flow.lane_ahead(span + 1, self._page_tokens)
+                else:
+                    lane = flow.lane(span, self._page_tokens)
+                scores = self._pruner.score(importance[flow.req_id], self._page_tokens)
                 flow.prompt.note(span, lane.pages, scores)
 
     def leave(

@@ -29,6 +29,8 @@ class Schedule:
     spans: tuple[Span, ...]
     keep: tuple[float, ...]
     """Per span; the first runs everything. Never rises."""
+    progressive: bool
+    """Whether a request's own `keep` is reached step by step."""
     page_tokens: int
     """Tokens kept or pruned as one."""
     sink: int
@@ -37,6 +39,10 @@ class Schedule:
     """Tokens at the end that are always kept."""
     min_prompt: int
     """Tokens below which a prompt is left alone."""
+    observe: int
+    """Last tokens of a prompt whose attention counts."""
+    look_ahead: bool
+    """Whether a prefill asks the first layer of the span to come who runs it."""
 
     @classmethod
     def of(cls, config: LazyConfig, *, num_layers: int, block_size: int) -> "Schedule":
@@ -61,16 +67,20 @@ class Schedule:
         check_padding(spans)
         return cls(
             spans=spans,
-            keep=shares(config.keep, len(points)),
+            keep=shares(config.keep, len(points), config.progressive),
+            progressive=config.progressive,
             page_tokens=block_size if config.granularity == "page" else 1,
             sink=config.sink,
             recent=config.recent,
             min_prompt=config.min_prompt,
+            observe=config.observe,
+            look_ahead=config.look_ahead,
         )
 
     def with_keep(self, keep: Keep) -> "Schedule":
         """The schedule of a request that asks for other shares."""
-        return replace(self, keep=shares(keep, len(self.spans) - 1))
+        points = len(self.spans) - 1
+        return replace(self, keep=shares(keep, points, self.progressive))
 
     def prunes(self, num_tokens: int) -> bool:
         """Whether a prompt may be pruned, as far as admission can tell.
@@ -135,18 +145,21 @@ class Schedule:
         return held / (sum(groups) * num_pages(num_tokens, block_size))
 
 
-def shares(keep: Keep, num_points: int) -> tuple[float, ...]:
-    """The share that runs each span: progressive from 1 where one number is given."""
+def shares(keep: Keep, num_points: int, progressive: bool = True) -> tuple[float, ...]:
+    """The share that runs each span; one number is reached step by step, or at once."""
     if isinstance(keep, tuple):
         return (1.0, *keep)
+    if not progressive:
+        return (1.0, *[keep] * num_points)
     return tuple(keep ** (k / num_points) for k in range(num_points + 1))
 
 
 def default_points(num_layers: int) -> tuple[int, ...]:
-    """Two pruning points: spans of a quarter, a quarter and the rest.
+    """Two pruning points: spans of a third each.
 
-    Early ones save more and know less (paper, figure 6). Lengths are moved to where
-    groups of layers waste little memory.
+    Early ones save more and know less (paper, figure 6): measured on the reference model,
+    see docs/decisions/0010. Lengths are moved to where groups of layers waste little
+    memory.
 
     Raises:
         ConfigError: there is no layer between two spans.
@@ -157,7 +170,7 @@ def default_points(num_layers: int) -> tuple[int, ...]:
             "serve it without lazyllm."
         )
     lengths = sorted(
-        range(1, (num_layers - 1) // 2 + 1), key=lambda n: (abs(n - num_layers / 4), n)
+        range(1, (num_layers - 1) // 2 + 1), key=lambda n: (abs(n - num_layers / 3), n)
     )
     return next(points for n in lengths if _wastes_little(points := (n, 2 * n), num_layers))
 

@@ -9,7 +9,7 @@ from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_accel.host.v1.lazyllm.keys import KeyLayout
-from vllm_accel.lazyllm.importance import last_row_probabilities
+from vllm_accel.lazyllm.importance import attention_paid
 from vllm_accel.paging import num_pages, without_nulls
 
 
@@ -22,6 +22,8 @@ class Scores:
     """{req_id: lane}"""
     layout: KeyLayout
     block_size: int
+    num_rows: int
+    """Last rows of a lane that are looked at, as far as it has them."""
     found: dict[str, Tensor] = field(default_factory=dict)
     """{req_id: [seq_len] float32}"""
 
@@ -34,11 +36,12 @@ class Scores:
             metadata: CPUAttentionMetadata.
         """
         for req_id, lane in self.lanes.items():
-            row = query[int(metadata.query_start_loc[lane + 1]) - 1]
+            first, stop = metadata.query_start_loc[lane : lane + 2].tolist()
+            rows = query[max(first, stop - self.num_rows) : stop]
             seq_len = int(metadata.seq_lens[lane])
             blocks = metadata.block_table[lane, : num_pages(seq_len, self.block_size)]
             keys = self.layout.keys(kv_cache, blocks, seq_len)
-            self.found[req_id] = last_row_probabilities(row, keys, scale)
+            self.found[req_id] = attention_paid(rows, keys, scale)
 
 
 @dataclass
@@ -46,6 +49,8 @@ class SpanMetadata(cpu_attn.CPUAttentionMetadata):
     """The layers of one KV-cache group share it."""
 
     scores: Scores | None = None
+    only_scores: bool = False
+    """Whether nothing else is wanted of the layer."""
 
 
 class SpanMetadataBuilder(cpu_attn.CPUAttentionMetadataBuilder):
@@ -82,17 +87,20 @@ class SpanAttentionImpl(cpu_attn.CPUAttentionBackendImpl):
         value: Tensor,
         kv_cache: Tensor,
         attn_metadata: SpanMetadata | None,
+        output: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """See `CPUAttentionBackendImpl.forward`."""
-        output: Tensor = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
-        )
         scores = attn_metadata.scores if attn_metadata is not None else None
         if scores is not None and scores.layer_name == layer.layer_name:
             scores.take(self.scale, query, kv_cache, attn_metadata)
-        return output
+        if attn_metadata is not None and attn_metadata.only_scores:
+            return output
+        attended: Tensor = super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )
+        return attended
 
 
 class SpanAttentionBackend(cpu_attn.CPUAttentionBackend):

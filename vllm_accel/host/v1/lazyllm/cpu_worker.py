@@ -16,3 +16,8 @@ class LazyCPUWorker(CPUWorker):
         super().init_device()
         dress(self.model_runner)
         keep_seeds(self.model_runner)
+
+    def surviving_pages(self) -> dict[str, list[int]] | None:
+        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
+        pages: dict[str, list[int]] | None = self.model_runner.surviving_pages()
+        return pages

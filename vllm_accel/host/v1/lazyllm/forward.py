@@ -69,12 +69,12 @@ class SpanForward:
         config = runner.kv_cache_config.kv_cache_groups
         self._layer_names = [group.layer_names for group in config]
         self._block_size: int = config[0].kv_cache_spec.block_size
-        by_index = {
+        self._names = {
             _layer_index(name): name for names in self._layer_names for name in names
         }
-        self._last_names = [by_index[span.last] for span in self._spans]
+        self._observe = schedule.observe
         context = runner.compilation_config.static_forward_context
-        layer = context[self._last_names[0]]
+        layer = context[self._names[0]]
         self._layout = KeyLayout(layer, self._block_size, layer.kv_cache.dtype)
 
     def run(self, step: Step, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -92,7 +92,8 @@ class SpanForward:
                 span, rows.hidden, rows.residual, rows.positions
             )
             rows = Rows(hidden, residual, rows.positions)
-            rows = rows.leaving(step, k, averaged(scores))
+            ahead = self._look_ahead(k, step, rows)
+            rows = rows.leaving(step, k, {**averaged(scores), **averaged(ahead)})
         out = rows.hidden.new_zeros(len(positions), rows.hidden.shape[1])
         out[torch.from_numpy(step.origin)] = rows.hidden
         return out
@@ -122,6 +123,28 @@ class SpanForward:
                 context.slot_mapping[name] = view.slot_mapping
         return scores
 
+    def _look_ahead(self, k: int, step: Step, rows: Rows) -> Scores | None:
+        """What the first layer of the next span looks at, run as far as that takes.
+
+        It writes the keys of all rows; those that stay write theirs again.
+        """
+        lanes, asked = step.ahead(k)
+        if not asked:
+            return None
+        layer = self._spans[k + 1].first
+        name = self._names[layer]
+        gid = next(g for g in self._groups[k + 1] if name in self._layer_names[g])
+        view = view_of(lanes, lambda req_id: self._row(req_id, gid), self._block_size)
+        metadata = self._metadata(gid, view)
+        metadata.scores, metadata.only_scores = self._scored_by(name, asked), True
+        context = get_forward_context()
+        context.attn_metadata[name] = metadata
+        context.slot_mapping[name] = view.slot_mapping
+        count = len(view.slot_mapping)  # rows brought back stand behind
+        residual = None if rows.residual is None else rows.residual[:count]
+        self._decoder.attend(layer, rows.hidden[:count], residual, rows.positions[:count])
+        return metadata.scores
+
     def _row(self, req_id: str, gid: int) -> list[int]:
         row: list[int] = self._runner.requests[req_id].block_ids[gid]
         return row
@@ -144,9 +167,10 @@ class SpanForward:
 
     def _scores(self, k: int, step: Step) -> Scores | None:
         lanes = step.scored(k)
-        if not lanes:
-            return None
-        return Scores(self._last_names[k], lanes, self._layout, self._block_size)
+        return self._scored_by(self._names[self._spans[k].last], lanes) if lanes else None
+
+    def _scored_by(self, name: str, lanes: Mapping[str, int]) -> Scores:
+        return Scores(name, lanes, self._layout, self._block_size, self._observe)
 
 
 def averaged(scores: Scores | None) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ Mixed into whichever runner class vLLM built for the device (see `dress`).
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -158,6 +159,15 @@ class LazyRunnerMixin:
                 self._put(self._pages.drop(req_id, span, pages))
         for wanted in step.wants(self._pages.asked):
             self._pages.want(*wanted)
+
+    def surviving_pages(self) -> dict[str, list[int]] | None:
+        """See `LazyCPUWorker.surviving_pages`."""
+        latest = self._pruner.latest
+        if latest is None:
+            return None
+        pages = [np.flatnonzero(there).tolist() for there in latest.present]
+        names = [f"[{span.first},{span.stop})" for span in self._schedule.spans]
+        return dict(zip(names, pages, strict=True))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sends what became of pages to the scheduler with the sampled tokens."""

@@ -1,6 +1,7 @@
 """What scheduler and workers both work out of the config, each for itself."""
 
 import logging
+import math
 from typing import Any
 
 from vllm_accel.errors import ConfigError
@@ -44,6 +45,23 @@ def aux_blocks(vllm_config: Any, spec: Any, num_tokens: int) -> int:
     page = spec.page_size_bytes // model_config.dtype.itemsize
     rows = rows_per_page(page, model_config.get_hidden_size())
     return num_pages(num_tokens, rows * group_size(schedule(vllm_config).spans))
+
+
+def pages_ratio(vllm_config: Any, num_tokens: int) -> float:
+    """Block ids that a prefilled prompt holds, Aux Cache included, over a dense one's.
+
+    The formula; both in pages of the engine's size.
+    """
+    plan = schedule(vllm_config)
+    if not plan.prunes(num_tokens):
+        return 1.0
+    model_config, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
+    heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
+    page = 2 * heads * model_config.get_head_size() * block_size
+    rows = rows_per_page(page, model_config.get_hidden_size()) * group_size(plan.spans)
+    return plan.pages_ratio(
+        num_tokens, block_size, rows if of(vllm_config).revives else math.inf
+    )
 
 
 def wanted_keep(sampling_params: Any, engine_schedule: Schedule) -> Keep | None:
