@@ -23,6 +23,7 @@ INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 BLOCK_MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 KV_SPECS = "vllm.v1.kv_cache_interface"
+STAT_LOGGERS = "vllm.v1.metrics.loggers"
 CPU_WORKERS = [
     "vllm.v1.worker.cpu_worker:CPUWorker",
     "vllm.v1.worker.gpu_worker:Worker",
@@ -42,6 +43,10 @@ OUR_CLASSES = {
     "v1/gpu_worker.py:AccelGPUWorker": [
         "vllm.v1.worker.gpu_worker:Worker",
         "vllm.v1.worker.worker_base:WorkerBase",
+    ],
+    "engines.py:_PoolUse": [
+        f"{STAT_LOGGERS}:AggregateStatLoggerBase",
+        f"{STAT_LOGGERS}:StatLoggerBase",
     ],
     "v1/lazyllm/cpu_worker.py:LazyCPUWorker": CPU_WORKERS,
     "v1/lazyllm/runner.py:LazyRunnerMixin": [

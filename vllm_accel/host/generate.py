@@ -5,8 +5,10 @@ import logging
 import random
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 
 from vllm_accel.looping import without_loop
 
@@ -15,7 +17,7 @@ logger = logging.getLogger("vllm.vllm_accel")
 PROMPT_TOKENS = 96
 MAX_TOKENS = 256
 _BATCH = 256
-_MEMORY = 0.8  # the default is refused on CPU as soon as something else runs
+_MEMORY = 0.8
 
 
 def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -> None:
@@ -35,7 +37,7 @@ def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -
         model,
         max_model_len=PROMPT_TOKENS + MAX_TOKENS,
         max_num_seqs=128,
-        gpu_memory_utilization=_MEMORY,
+        gpu_memory_utilization=_memory_share(),
     )
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, detokenize=False)
     total = len(prompts)
@@ -49,6 +51,17 @@ def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -
                 out.write(json.dumps({"prompt_ids": prompt, "token_ids": said}) + "\n")
             out.flush()
             progress.update(len(batch))
+
+
+def _memory_share() -> float:
+    """Of all memory, what vLLM may take.
+
+    On CPU of what is free: vLLM's default is refused as soon as something else runs.
+    """
+    if not current_platform.is_cpu():
+        return _MEMORY
+    memory = psutil.virtual_memory()
+    return _MEMORY * memory.available / memory.total
 
 
 def _complete_lines(output: Path) -> int:
