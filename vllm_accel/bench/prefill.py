@@ -179,7 +179,7 @@ def mcnemar_p(lost: int, won: int) -> float:
     """How often chance alone parts so many answers so unevenly: the exact test."""
     parted = lost + won
     tail = sum(math.comb(parted, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**parted)
+    return min(1.0, 2.0 * tail * 0.5**parted)
 
 
 def strip(pages: Mapping[str, Sequence[int]]) -> Strip:

@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.vllm_accel")
 PROMPT_TOKENS = 96
 MAX_TOKENS = 256
 _BATCH = 256
-_MEMORY = 0.8
+_MEMORY, _FREE_MEMORY = 0.8, 0.5
 
 
 def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -> None:
@@ -56,12 +56,13 @@ def continue_rows(model: str, texts: list[list[int]], output: Path, rows: int) -
 def _memory_share() -> float:
     """Of all memory, what vLLM may take.
 
-    On CPU of what is free: vLLM's default is refused as soon as something else runs.
+    On CPU half of what is free: vLLM's default is refused as soon as something else runs,
+    and whatever is started meanwhile needs some as well.
     """
     if not current_platform.is_cpu():
         return _MEMORY
     memory = psutil.virtual_memory()
-    return _MEMORY * memory.available / memory.total
+    return _FREE_MEMORY * memory.available / memory.total
 
 
 def _complete_lines(output: Path) -> int:
