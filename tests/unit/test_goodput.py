@@ -6,7 +6,13 @@ import torch
 
 from vllm_accel import ConfigError
 from vllm_accel.gating.cost import StepCost, StepShape
-from vllm_accel.gating.goodput import Goodput, best_drafts
+from vllm_accel.gating.goodput import (
+    FIRST_STEPS,
+    REFRESH_EVERY,
+    Goodput,
+    Load,
+    best_drafts,
+)
 from vllm_accel.gating.signals import DraftSignals, Signals
 
 DRAFT_TOKENS = 4
@@ -168,3 +174,12 @@ def test_a_closed_gate_is_tried_for_one_request_only():
     engine.run(32, 60)
     opened = [engine.step(32) for _ in range(300)]
     assert max(opened) == 1 / 32
+
+
+def test_an_open_load_tries_plain_steps_in_a_row_and_a_closed_one_a_single_draft():
+    for closed, tries in ((False, FIRST_STEPS), (True, 1)):
+        load = Load(closed=closed, decisions={False: 9, True: 9}, same=REFRESH_EVERY)
+        for _ in range(tries):
+            assert load.untried() is closed
+            load.note(closed, trying=True)
+        assert load.untried() is None

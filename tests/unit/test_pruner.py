@@ -77,40 +77,35 @@ def test_prefill_and_decoding_with_revival_equal_the_reference(size, budget, kee
     assert engine.pruner.counts.pages_revived == reference.revived > 0
 
 
-@pytest.mark.parametrize("most", [8, 10, 16])
-def test_a_prompt_in_pieces_equals_the_reference(most):
-    engine = make(keep=(0.5, 0.25), revive_pages=2)
-    reference = refer(engine, (0.5, 0.25), budget=2)
+def run_alike(engine, reference, most):
+    """A prompt in pieces of at most so many tokens, and some decoding after it."""
     engine.add("a", prompt(39))
     expected = reference.prefill(prompt(39), most)
     for _ in range(0, 39, most):
         got = engine.step(["a"], most)["a"]
     agree(got, expected)
     decode_alike(engine, reference, expected, steps=8)
+
+
+@pytest.mark.parametrize("most", [8, 10, 16])
+def test_a_prompt_in_pieces_equals_the_reference(most):
+    engine = make(keep=(0.5, 0.25), revive_pages=2)
+    reference = refer(engine, (0.5, 0.25), budget=2)
+    run_alike(engine, reference, most)
 
 
 @pytest.mark.parametrize(("size", "most"), [(4, 39), (4, 10), (1, 39)])
 def test_several_tokens_may_say_who_matters(size, most):
     engine = make(size, keep=(0.5, 0.25), revive_pages=2, observe=6)
     reference = refer(engine, (0.5, 0.25), budget=2, observe=6)
-    engine.add("a", prompt(39))
-    expected = reference.prefill(prompt(39), most)
-    for _ in range(0, 39, most):
-        got = engine.step(["a"], most)["a"]
-    agree(got, expected)
-    decode_alike(engine, reference, expected, steps=8)
+    run_alike(engine, reference, most)
 
 
 @pytest.mark.parametrize(("size", "most"), [(4, 39), (4, 10), (1, 39)])
 def test_the_layer_just_run_may_say_who_matters_as_in_the_paper(size, most):
     engine = make(size, keep=(0.5, 0.25), revive_pages=2, look_ahead=False)
     reference = refer(engine, (0.5, 0.25), budget=2, ahead=False)
-    engine.add("a", prompt(39))
-    expected = reference.prefill(prompt(39), most)
-    for _ in range(0, 39, most):
-        got = engine.step(["a"], most)["a"]
-    agree(got, expected)
-    decode_alike(engine, reference, expected, steps=8)
+    run_alike(engine, reference, most)
 
 
 @pytest.mark.parametrize("every", [2, 5])
