@@ -84,7 +84,7 @@ def oracle_gain(lines: list[dict], requests: int, accepted: float) -> float:
     drafts = statistics.mean(v["verified"] for v in lines if "verified" in v)
     plain = cost.seconds(StepShape(requests, requests))[0]
     rows = requests * (1 + drafts)
-    drafting = cost.seconds(StepShape(rows, requests, 0, requests, waited=1))[0]
+    drafting = cost.seconds(StepShape(rows, requests, 0, requests))[0]
     return float((1 + accepted) * plain / drafting)
 
 

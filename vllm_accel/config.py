@@ -59,8 +59,8 @@ class CerberusConfig:
     training measured as best."""
 
     run_ahead: bool = True
-    """While the gate is closed, queue a step before the one before has ended, as vLLM
-    does on GPUs. Off: wait for every step."""
+    """Queue a step before the one before has ended, as vLLM does on GPUs. Off: wait for
+    every step."""
 
     check_base: bool = True
     """Refuse heads trained on another base model. Switch off to serve a quantised copy
@@ -140,8 +140,8 @@ class FreeConfig:
     a shallow choice is drafted. None: what the exit's training measured, 0.9 without."""
 
     run_ahead: bool = True
-    """While the gate is closed, queue a step before the one before has ended, as vLLM
-    does on GPUs. Off: wait for every step."""
+    """Queue a step before the one before has ended, as vLLM does on GPUs. Off: wait for
+    every step."""
 
     check_base: bool = True
     """Refuse an exit trained on another base model. Switch off to serve a quantised copy

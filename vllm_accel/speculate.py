@@ -6,8 +6,11 @@ what was verified to what was proposed by (request, position, token id), never b
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+Decided = TypeVar("Decided")
 
 NO_ROOM = "no_room"
 """Reason of a request that cannot use another draft."""
@@ -35,7 +38,10 @@ class StepReport:
     """What one step decided and learnt; travels from the worker to the scheduler."""
 
     drafts: dict[str, list[int]] = field(default_factory=dict)
-    """By request, the tokens to verify next; none are left out."""
+    """By request, the tokens to verify next, where the scheduler has to know; no empty
+    ones."""
+    verified: dict[str, int] = field(default_factory=dict)
+    """By request, the draft tokens this step ran; requests with none are left out."""
     gate: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Requests by (state, reason): state is open or closed."""
     draft_lengths: Counter[int] = field(default_factory=Counter)
@@ -86,18 +92,29 @@ Admit = Callable[[list[int], int], list[bool]]
 """Asks a gate: requests that have room, and how many decode -> where to draft."""
 
 
+class Share(Protocol):
+    """Under tensor parallelism, makes every rank go by what rank 0 decides.
+
+    Called on every rank alike, with what decides.
+    """
+
+    def __call__(self, decide: Callable[[], Decided]) -> Decided:
+        """What rank 0 decides."""
+
+
+def alone(decide: Callable[[], Decided]) -> Decided:
+    """`Share` where there is one rank."""
+    return decide()
+
+
 class Opening:
     """Which requests of a step draft: room, the gate, and whether the step may.
 
     Args:
-        share: under tensor parallelism, makes every rank go by what rank 0 decides. Called
-            on every step with what decides; what drafts may wait for all ranks.
+        share: called on every step; what drafts may wait for all ranks.
     """
 
-    def __init__(
-        self,
-        share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
-    ) -> None:
+    def __init__(self, share: Share = alone) -> None:
         self._share = share
         self._is_due = False
         """The gate wants drafts; the steps until it can have them are on their way."""
@@ -180,6 +197,16 @@ class DraftBook:
             return None
         accepted = min(num_sampled - 1, len(verified))
         return Verdict(req_id, position, len(token_ids), len(verified), accepted)
+
+    def draft(self, req_id: str, position: int) -> tuple[int, ...]:
+        """What was drafted for a request from `position` on; () if nothing."""
+        noted_position, token_ids = self._drafts.get(req_id, (-1, ()))
+        return token_ids if noted_position == position else ()
+
+    def drop(self, req_ids: Iterable[str]) -> None:
+        """Drops the drafts of requests that had their turn, verified or not."""
+        for req_id in req_ids:
+            self._drafts.pop(req_id, None)
 
     def keep_only(self, req_ids: Container[str]) -> None:
         """Drops the drafts of requests that ended."""

@@ -22,9 +22,14 @@ def step(tokens, drafts=None, new=()):
 
 def test_rows_of_decoding_requests_and_of_prompts_are_told_apart():
     output = step({"a": 4, "b": 1, "c": 50, "d": 1}, {"a": [1, 2, 3]}, new=["d"])
-    assert shape_of(output, StepReport(drafted_for=2), waited=True) == StepShape(
-        5, 2, 51, 2, 1
-    )
+    report = StepReport(drafted_for=2, verified={"a": 3})
+    assert shape_of(output, report, waited=True) == StepShape(5, 2, 51, 2, 1)
+
+
+def test_room_for_drafts_that_stayed_empty_is_no_row():
+    output = step({"a": 5, "b": 5}, {"a": [-1] * 4, "b": [-1] * 4})
+    report = StepReport(verified={"a": 1})
+    assert shape_of(output, report, waited=False) == StepShape(3, 2, 0)
 
 
 def test_the_time_is_from_end_to_end():

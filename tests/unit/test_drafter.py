@@ -119,16 +119,17 @@ def test_a_request_still_in_prefill_is_not_a_decision():
     assert report.draft_lengths.total() == 1
 
 
-def test_the_heads_run_for_whom_the_first_rank_says():
+def test_who_drafts_and_what_is_as_the_first_rank_says():
+    said = iter(([1], [[4, 5]]))
     heads = CerberusHeads(draft_tokens=3, blocks=2, hidden_size=HIDDEN)
     lm_head = CountingLMHead()
     drafter = CerberusDrafter(
-        heads, embed, lm_head, Unlearning(Never()), share=lambda decide: [1]
+        heads, embed, lm_head, Unlearning(Never()), share=lambda decide: next(said)
     )
     hidden = torch.randn(2, HIDDEN)
     requests = Decoding(["a", "b"], [0, 1], [0, 0], [9, 9])
     drafts = drafter.draft(requests, hidden, lm_head(hidden), StepReport())
-    assert [len(draft) for draft in drafts] == [0, 3]
+    assert drafts == [[], [4, 5]]
 
 
 def test_heads_that_read_tokens_are_given_the_one_chosen():

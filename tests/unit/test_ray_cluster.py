@@ -85,15 +85,16 @@ def test_a_cluster_that_is_not_there_is_one_sentence(ray):
 
 
 @pytest.mark.parametrize(
-    ("report", "line"),
+    ("reports", "line"),
     [
-        (REPORT, REPORT.splitlines()[-1]),
-        ("it did\nnot start\n", "not start"),
-        ("", "no reason given"),
+        (["Failed to update", REPORT], REPORT.splitlines()[-1]),
+        ([REPORT, ""], REPORT.splitlines()[-1]),
+        (["it did\nnot start\n"], "not start"),
+        ([""], "no reason given"),
     ],
 )
-def test_the_reason_of_a_failed_start_is_found_in_serves_report(report, line):
-    assert serving.reason(report) == line
+def test_the_reason_of_a_failed_start_is_found_in_serves_reports(reports, line):
+    assert serving.reason(reports) == line
 
 
 def test_an_error_inside_the_block_is_not_taken_for_a_missing_cluster(ray):

@@ -1,6 +1,15 @@
 from vllm_accel.speculate import DraftBook, Verdict, draft_room
 
 
+def test_a_draft_is_found_at_its_position_only():
+    book = DraftBook()
+    book.note("a", 10, [5, 6])
+    assert book.draft("a", 10) == (5, 6)
+    assert book.draft("a", 11) == book.draft("b", 10) == ()
+    book.drop(["a", "b"])
+    assert book.draft("a", 10) == ()
+
+
 def test_a_verdict_is_matched_by_position_and_tokens():
     book = DraftBook()
     book.note("a", 10, [5, 6, 7])

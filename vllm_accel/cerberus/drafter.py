@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.gating.policy import LearningGate
 from vllm_accel.gating.signals import DraftSignals, Signals, confidence
-from vllm_accel.speculate import Decoding, Opening, StepReport
+from vllm_accel.speculate import Decoding, Opening, Share, StepReport, alone
 
 Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """`choices` of some heads."""
@@ -31,7 +31,8 @@ class CerberusDrafter:
         gate: decides per request.
         compiled: makes a faster function of the one from states to drafts, which is plain
             torch.
-        share: see `Opening`.
+        share: see `Opening`; of the drafts too, which stay with the workers and have to
+            be the same tokens in each.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class CerberusDrafter:
         gate: LearningGate,
         *,
         compiled: Callable[[Choose], Choose] = lambda choose: choose,
-        share: Callable[[Callable[[], list[int]]], list[int]] = lambda decide: decide(),
+        share: Share = alone,
     ) -> None:
         self._reads_token = heads.reads_token
         self._embed = embed
         self._choose = compiled(partial(choices, heads, lm_head))
         self._gate = gate
+        self._share = share
         self._opening = Opening(share)
 
     def warm_up(self, hidden_states: Tensor) -> None:
@@ -84,7 +86,8 @@ class CerberusDrafter:
             requests, admit, self._gate.reason, report, may_draft=may_draft
         )
         if open_:
-            tokens = self._tokens(requests, open_, hidden_states)
+            chosen = self._tokens(requests, open_, hidden_states)
+            tokens = self._share(lambda: chosen)
             for i, token_ids in zip(open_, tokens, strict=True):
                 drafts[i] = token_ids[: requests.room[i]]
         report.draft_lengths.update(

@@ -162,10 +162,9 @@ class ExitGoodput:
             requests,
             0,
             (opened + 0 * steps).ravel(),
-            1,
-            (steps + 0 * opened).ravel(),
-            rows,
-            rows,
+            shallow_steps=(steps + 0 * opened).ravel(),
+            shallow_rows=rows,
+            kept_rows=rows,
         )
         rates = tokens.ravel() / self.cost.seconds(shapes)
         plain = requests / float(self.cost.seconds(StepShape(requests, requests))[0])
@@ -188,10 +187,9 @@ class ExitGoodput:
             step.requests,
             0,
             step.opened,
-            1,
-            step.shallow_steps + more_steps,
-            step.shallow_rows + more_steps * going_on,
-            step.drafted + more_steps * going_on,
+            shallow_steps=step.shallow_steps + more_steps,
+            shallow_rows=step.shallow_rows + more_steps * going_on,
+            kept_rows=step.drafted + more_steps * going_on,
         )
 
     def _row_seconds(self) -> float:

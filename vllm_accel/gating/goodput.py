@@ -98,7 +98,7 @@ class Load:
             if self.decisions[drafting] < FIRST_STEPS:
                 return drafting
         if self.same >= REFRESH_EVERY:
-            # The first plain step after drafts waits for them; those behind it do not.
+            # The first plain step after drafts verifies them; those behind it do not.
             self.to_try = 1 if self.closed else FIRST_STEPS
         return self.closed if self.to_try else None
 
@@ -292,9 +292,7 @@ def best_drafts(
     first_tokens = np.concatenate([[0], order % draft_tokens == 0])
     drafted_for = requests if heads_run else first_tokens.cumsum()
     rows = plain.decode_rows + np.arange(len(order) + 1)
-    # Only a step without heads can be on its way before the one before has ended.
-    waited = np.greater(drafted_for, 0)
-    shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for, waited)
+    shapes = StepShape(rows, plain.requests, plain.prefill_tokens, drafted_for)
     seconds = cost.seconds(shapes)
     tokens = plain.requests + np.concatenate([[0.0], survival.ravel()[order].cumsum()])
     rates = tokens / np.maximum.accumulate(seconds)

@@ -27,7 +27,11 @@ class Orders:
     """What the scheduler tells the workers with a step."""
 
     may_draft: bool
-    """False if the next step may be on its way already."""
+    """False if the next step will have no room for drafts."""
+    keep_drafts: bool
+    """The next step is scheduled without knowing the drafts: the workers fill them in."""
+    queued: bool
+    """The step before it may have been on its way when it was scheduled."""
     waited: bool
     """It was scheduled with no other step on its way, and need not have been."""
     measured: list[StepTime]

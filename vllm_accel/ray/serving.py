@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +57,24 @@ def _run(application: Any) -> None:
     try:
         serve.run(application, name=APP, route_prefix="/", blocking=False)
     except RuntimeError as error:
+        reports = [str(error), *_reports(serve.status())]
         raise AccelError(
-            f"The replicas did not start ({reason(str(error))}): expected a model, heads "
+            f"The replicas did not start ({reason(reports)}): expected a model, heads "
             "and engine arguments that vLLM can serve; correct them, or try the same with "
             "`vllm-accel serve` to see all it says."
         ) from error
 
 
-def reason(report: str) -> str:
-    """The line of Serve's report that says what went wrong."""
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
+def _reports(status: Any) -> list[str]:
+    """What Serve says of each part; its own exception may name the part alone."""
+    deployments = status.applications[APP].deployments.values()
+    return [deployment.message for deployment in deployments]
+
+
+def reason(reports: Iterable[str]) -> str:
+    """The line of Serve's reports that says what went wrong."""
+    text = "\n".join(reports)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (raised or lines or ["no reason given"])[-1]
 

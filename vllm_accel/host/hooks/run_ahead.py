@@ -1,9 +1,8 @@
-"""Hook on `EngineCore.step`: queue a step ahead where nobody drafts.
+"""Hook on `EngineCore.step`: queue a step while the one before still runs.
 
-On GPUs vLLM queues a step while the one before still runs. A draft cannot be verified that
-way, it is not known yet; with the gate closed there is none. So an engine of ours has
-vLLM's queue and, while its scheduler says that drafts may come, takes every step's output
-before it schedules the next.
+vLLM does so on GPUs. A step is scheduled with room for drafts that are not known yet, and
+the workers fill it in (`host/v1/room.py`). Where a grammar has to see a token before the
+next step, the engine takes every step's output first.
 """
 
 from collections import deque

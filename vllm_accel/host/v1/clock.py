@@ -38,7 +38,7 @@ class StepClock:
 
 
 def shape_of(scheduler_output: Any, report: StepReport, *, waited: bool) -> StepShape:
-    """What a step had to do."""
+    """What a step had to do: room for drafts that stayed empty is no row."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
     new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
     tokens = scheduler_output.num_scheduled_tokens
@@ -47,8 +47,8 @@ def shape_of(scheduler_output: Any, report: StepReport, *, waited: bool) -> Step
         for req_id, n in tokens.items()
         if req_id not in new and n == 1 + len(drafts.get(req_id, ()))
     ]
-    rows = sum(decoding)
-    prefill = scheduler_output.total_num_scheduled_tokens - rows
+    rows = len(decoding) + sum(report.verified.values())
+    prefill = scheduler_output.total_num_scheduled_tokens - sum(decoding)
     return StepShape(
         rows,
         len(decoding),

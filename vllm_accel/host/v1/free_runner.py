@@ -143,7 +143,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             req_ids=req_ids,
             rows=rows,
             next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
-            room=[self._room(i) for i in range(len(rows))],
+            room=self._rooms(sampled_token_ids),
             positions=[self._num_tokens(i) - 1 for i in range(len(rows))],
             stop_token_ids=[one.all_stop_token_ids for one in params],
         )

@@ -22,7 +22,7 @@ from vllm_accel.host.compiled import compiled
 from vllm_accel.host.heads import folder_of
 from vllm_accel.host.report import StepTime
 from vllm_accel.on_disk import base_model, location
-from vllm_accel.speculate import Decoding, StepReport, Verdict
+from vllm_accel.speculate import Decided, Decoding, StepReport, Verdict
 
 logger = logging.getLogger("vllm.vllm_accel")
 
@@ -135,7 +135,7 @@ def _as_it_is(choose: Choose) -> Choose:
     return choose
 
 
-def decided_by_first_rank(decide: Callable[[], list[int]]) -> list[int]:
+def decided_by_first_rank(decide: Callable[[], Decided]) -> Decided:
     """What rank 0 of the tensor-parallel group decides.
 
     Ranks would not decide alike on their own: the entropy of one row depends on the
@@ -144,4 +144,5 @@ def decided_by_first_rank(decide: Callable[[], list[int]]) -> list[int]:
     group = get_tp_group()
     if group.world_size == 1:
         return decide()
-    return group.broadcast_object(None if group.rank_in_group else decide())
+    decided: Decided = group.broadcast_object(None if group.rank_in_group else decide())
+    return decided

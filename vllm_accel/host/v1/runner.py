@@ -13,6 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
 from vllm_accel.host.report import Orders, attach, attached
 from vllm_accel.host.v1 import greedy as greedy_path
+from vllm_accel.host.v1 import room
 from vllm_accel.speculate import Decoding, DraftBook, StepReport, Verdict, draft_room
 
 
@@ -24,6 +25,13 @@ class DraftingRunnerMixin:
         self._book = DraftBook()
         self._report: StepReport | None = None
         self._target_logits: Tensor | None = None
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Fills in what was not known when the step was scheduled."""
+        orders = attached(scheduler_output)
+        if orders is not None and orders.queued:
+            room.fill(scheduler_output, self.requests, self._book)
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """A step without drafts is prepared as plain vLLM does.
@@ -100,6 +108,7 @@ class DraftingRunnerMixin:
         orders = attached(scheduler_output)
         self.drafter.start_step(orders.measured, self.requests)
         self._settle(scheduler_output, sampled_token_ids)
+        self._book.drop(self.input_batch.req_ids)
         drafted = (
             [0] * len(sampled_token_ids)
             if spec_decode_metadata is None
@@ -112,7 +121,8 @@ class DraftingRunnerMixin:
             if draft:
                 req_id = self.input_batch.req_ids[i]
                 self._book.note(req_id, self._num_tokens(i), draft)
-                self._report.drafts[req_id] = draft
+                if not orders.keep_drafts:
+                    self._report.drafts[req_id] = draft
         return drafts
 
     def _draft(
@@ -132,6 +142,7 @@ class DraftingRunnerMixin:
     def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
         """Matches what was sampled with what was drafted."""
         for req_id, draft in scheduler_output.scheduled_spec_decode_tokens.items():
+            self._report.verified[req_id] = len(draft)
             i = self.input_batch.req_id_to_index[req_id]
             num_sampled = len(sampled_token_ids[i])
             if num_sampled == 0:
@@ -145,8 +156,22 @@ class DraftingRunnerMixin:
         """Tokens of request `i`, those sampled in this step included."""
         return int(self.input_batch.num_tokens_no_spec[i])
 
+    def _rooms(self, sampled_token_ids: list[list[int]]) -> list[int]:
+        """Drafts each request can still use: none behind a token that ends it.
+
+        The scheduler knows that a step later than the next one is queued.
+        """
+        return [
+            0 if self._ends(i, token_ids) else self._room(i)
+            for i, token_ids in enumerate(sampled_token_ids)
+        ]
+
+    def _ends(self, i: int, token_ids: list[int]) -> bool:
+        params = self.requests[self.input_batch.req_ids[i]].sampling_params
+        return not params.all_stop_token_ids.isdisjoint(token_ids)
+
     def _room(self, i: int) -> int:
-        """Drafts request `i` can still use."""
+        """Drafts request `i` can still use, if it goes on."""
         state = self.requests[self.input_batch.req_ids[i]]
         return draft_room(
             num_tokens=self._num_tokens(i),
@@ -181,7 +206,7 @@ class CerberusRunnerMixin(DraftingRunnerMixin):
             req_ids=self.input_batch.req_ids,
             rows=rows,
             next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
-            room=[self._room(i) for i in range(len(rows))],
+            room=self._rooms(sampled_token_ids),
         )
         return self.drafter.propose(
             requests,

@@ -14,7 +14,7 @@ from vllm_accel.host.hooks import run_ahead
 from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.report import Orders, StepTime, attach, attached
 from vllm_accel.host.v1.clock import StepClock
-from vllm_accel.host.v1.run_ahead import RunAhead
+from vllm_accel.host.v1.run_ahead import RunAhead, room
 from vllm_accel.host.v1.summary import Summary
 from vllm_accel.paging import num_pages
 from vllm_accel.speculate import StepReport
@@ -40,16 +40,16 @@ class AccelScheduler(AsyncScheduler):
         self._clock = StepClock()
         self.can_run_ahead = config.run_ahead and _can_queue(vllm_config, kv_cache_config)
         self._run_ahead = RunAhead(allowed=self.can_run_ahead)
+        self._longest = config.num_speculative_tokens
         run_ahead.apply()
         self._measured: list[StepTime] = []
         self._in_flight = 0
         self._held = False
 
     def _never_pad(self) -> None:
-        """Drafts are as long as they are; none are announced as tokens of -1.
+        """No drafts are announced as tokens of -1 unless this scheduler says so.
 
-        Announced drafts run, count as drafted, and are all rejected where a step turns
-        out to have none.
+        Announced drafts run, and count as drafted, where nobody fills them in.
         """
         self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
 
@@ -85,33 +85,41 @@ class AccelScheduler(AsyncScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Sends orders, and the measured time of what ended, along with the step."""
-        if self.runs_ahead:
-            self._drop_drafts()
         scheduler_output = super().schedule(*args, **kwargs)
         grammar = scheduler_output.has_structured_output_requests
-        if grammar:
-            self._run_ahead.wait()  # it needs the token before anyway
-        waited = self.can_run_ahead and not grammar and not self._in_flight
-        orders = Orders(not self.runs_ahead, waited, self._measured)
+        self._run_ahead.scheduled(grammar=grammar)  # it needs the token before
+        has_room = self._run_ahead.makes_room and self._make_room(scheduler_output)
+        orders = Orders(
+            may_draft=has_room or not self.runs_ahead,
+            keep_drafts=has_room,
+            queued=self.can_run_ahead,
+            waited=self.can_run_ahead and not grammar and not self._in_flight,
+            measured=self._measured,
+        )
         attach(scheduler_output, orders)
         self._measured = []
-        self._in_flight += 1
+        self._in_flight += scheduler_output.total_num_scheduled_tokens > 0
         return scheduler_output
 
-    def _drop_drafts(self) -> None:
-        """Of requests that had no turn since they drafted.
+    def _make_room(self, scheduler_output: Any) -> bool:
+        """In the next step of these requests, for drafts that only the workers know.
 
-        What a draft's verdict leaves of a request is known only when the step has ended,
-        too late for one that is queued ahead.
+        False: so many requests run that there is none.
         """
-        for request in self.running:
-            request.spec_token_ids = []
+        size = room(self._longest, len(self.running), self.max_num_scheduled_tokens)
+        placeholders = [-1] * size
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            if not request.is_prefill_chunk:
+                request.spec_token_ids = placeholders
+        return size > 0
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Takes the drafts that came with the output; counts what requests were given."""
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._in_flight -= 1
         report = attached(model_runner_output)
+        self._note_empty_room(scheduler_output, report)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._in_flight -= scheduler_output.total_num_scheduled_tokens > 0
         busy = self.has_unfinished_requests()
         measured = self._clock.end(
             scheduler_output,
@@ -125,6 +133,35 @@ class AccelScheduler(AsyncScheduler):
             self._take(report, measured, _lengths(outputs))
         self._counters.write(busy=busy)
         return outputs
+
+    def _note_empty_room(self, scheduler_output: Any, report: StepReport | None) -> None:
+        """vLLM takes it for drafts that were rejected, which is right for its counts of
+        computed tokens, and subtracts from those drafted what is called invalid."""
+        spec = scheduler_output.scheduled_spec_decode_tokens
+        ran = {} if report is None else report.verified
+        scheduler_output.num_invalid_spec_tokens = {
+            req_id: len(announced) - ran.get(req_id, 0)
+            for req_id, announced in spec.items()
+        }
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        """Room that stayed empty is no draft."""
+        if (num_invalid_spec_tokens or {}).get(request_id) == num_draft_tokens:
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
 
     def _take(
         self, report: StepReport, measured: StepTime | None, given: list[int]
