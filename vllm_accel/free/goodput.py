@@ -17,7 +17,7 @@ from vllm_accel.free.exit_head import ExitSignals
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.calibrators import Floats, OnlineLogistic
 from vllm_accel.gating.cost import StepCost, StepShape
-from vllm_accel.gating.goodput import REOPEN_GAIN, Load
+from vllm_accel.gating.goodput import Load
 
 _STACKS_AT_ONCE = 16
 _RECENT = 0.1
@@ -144,7 +144,7 @@ class ExitGoodput:
             return 1 if load.closed else len(chances)
         plan = self._best(-np.sort(-chances))
         self._step.rate = plan.rate
-        return plan.opened if plan.gain >= (REOPEN_GAIN if load.closed else 1.0) else 0
+        return plan.opened if plan.gain >= load.least_gain else 0
 
     def _best(
         self,

@@ -31,6 +31,8 @@ _TYPICAL = 0.15
 """Relative error from which on a step is held down."""
 _REFITS = 3
 _FIRST, _BATCH = 4, 16
+_SURPRISE, _SURPRISED = 0.2, 4
+"""Relative error of a step that counts as several towards the next fit."""
 _ANCHOR = np.array([1e-7] + [1e-5] * (_COLUMNS - 1))
 """Pull towards 0, for what steps do not tell apart: the constant's goes last."""
 
@@ -185,11 +187,19 @@ class StepCost:
         for shape, seconds in self._waiting:
             alike = self._seen.put(shape, seconds, self._steps)
             self._steps += 1
-            self._unfitted += 1
+            self._unfitted += _SURPRISED if self._surprises(shape, seconds) else 1
             if self._unfitted >= _BATCH or alike < _FIRST:
                 self._prices.clear()
                 self._unfitted = 0
         self._waiting.clear()
+
+    def _surprises(self, shape: StepShape, seconds: float) -> bool:
+        """Whether the prices in use, if any, were far off."""
+        prices = self._prices.get(int(shape.load()[0]))
+        if prices is None:
+            return False
+        predicted = float(shape.features()[0] @ prices)
+        return abs(predicted / seconds - 1) > _SURPRISE
 
     def _prices_at(self, load: int) -> Floats:
         """[features] seconds of each, at a load."""

@@ -24,10 +24,12 @@ Floats = NDArray[np.float64]
 
 RECONSIDER_EVERY = 8
 """Closed steps between looks at the signals, while the load stays as it is."""
-HABIT_AFTER, HABIT_EVERY = 16, 4
-"""Full drafts in a row after which every fourth step is weighed only; weighing costs."""
-REOPEN_GAIN = 1.03
-"""A closed gate opens for a rate this much better; an open one closes at any loss."""
+HABIT_SHARE, HABIT_EVERY = 0.75, 8
+"""Share of the longest drafts wanted lately from which on every eighth step is weighed
+only, and the others draft all they can: where rows are cheap, weighing costs more."""
+REOPEN_GAIN, STAY_GAIN = 1.1, 1.03
+"""A closed gate opens for an expected rate this much better, an open one stays for this
+much: what looks best of many ways to draft is flattered by the errors of its estimate."""
 FIRST_STEPS = 3
 """Steps of either kind, drafting and plain, to measure at a new load before deciding."""
 REFRESH_EVERY = 96
@@ -57,7 +59,6 @@ class _Step:
     features: Floats = field(default_factory=lambda: np.zeros((0, 2)))
     requests: int = 0
     trying: bool = False
-    everybody: bool = False
     by_habit: bool = False
 
 
@@ -70,8 +71,8 @@ class Load:
     """By whether anything drafted."""
     same: int = 0
     """Decisions since the last of the other kind."""
-    full: int = 0
-    """Weighed decisions in a row that drafted everything for everybody."""
+    share: float = 0.0
+    """Of the longest drafts, what weighed decisions wanted lately."""
     to_try: int = 0
     """Steps of the other kind to come, to see what they take by now."""
 
@@ -83,6 +84,15 @@ class Load:
         self.same = 0 if trying or flips else self.same + 1
         if not trying:
             self.closed = not drafting
+
+    def note_share(self, share: float) -> None:
+        """Takes in how much of the longest drafts a weighed step wanted."""
+        self.share += _RECENT * (share - self.share)
+
+    @property
+    def least_gain(self) -> float:
+        """Expected gain from which on to draft."""
+        return REOPEN_GAIN if self.closed else STAY_GAIN
 
     def stays_closed(self) -> bool:
         """Whether this step may do without a look at the signals.
@@ -145,9 +155,6 @@ class Goodput:
         pairs = zip(signals.req_ids, admitted, strict=True)
         step.req_ids = [req_id for req_id, yes in pairs if yes]
         step.features = features[admitted]
-        step.everybody = bool(admitted.all())
-        if not step.everybody:
-            load.full = 0
         return [bool(yes) for yes in admitted]
 
     def lengths(self, drafts: DraftSignals) -> list[int]:
@@ -171,8 +178,7 @@ class Goodput:
         odds = self._after.probability(after)
         lengths = self._best(odds.cumprod(axis=1), heads_run=True).lengths
         load = self._loads[self._step.requests.bit_length()]
-        everything = self._step.everybody and min(lengths) == heads
-        load.full = load.full + 1 if everything else 0
+        load.note_share(sum(lengths) / (heads * self._step.requests))
         return lengths
 
     def learn(self, req_id: str, verified: int, accepted: int) -> None:
@@ -241,7 +247,7 @@ class Goodput:
             return likeliest if load.closed else np.ones(len(features), dtype=bool)
         best = self._best(survival)
         wanted = np.array(best.lengths) > 0
-        return wanted & (best.gain >= (REOPEN_GAIN if load.closed else 1.0))
+        return wanted & (best.gain >= load.least_gain)
 
     def _best(self, survival: Floats, *, heads_run: bool = False) -> "Drafts":
         # Without prompts: what these cost is the same whether drafts are accepted or not.
@@ -314,5 +320,5 @@ def _after_features(
 
 
 def _drafts_by_habit(load: Load) -> bool:
-    habit = not load.closed and load.full >= HABIT_AFTER
+    habit = not load.closed and load.share >= HABIT_SHARE
     return habit and load.same % HABIT_EVERY != 0
