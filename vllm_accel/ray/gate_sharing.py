@@ -28,6 +28,16 @@ NAMESPACE = "vllm_accel"
 KEEP = 16
 """States the board keeps, the newest: replicas that ended count until others come."""
 
+_OPTIONS = {
+    "namespace": NAMESPACE,
+    "get_if_exists": True,
+    "lifetime": "detached",
+    "num_cpus": 0,
+    # Not in the placement group of the replica that happens to make it: with that it
+    # would end.
+    "scheduling_strategy": "DEFAULT",
+}
+
 
 class GateBoard:
     """The newest gate state of every replica. Runs as an actor, is plain Python."""
@@ -78,8 +88,7 @@ class SharedGate:
         key = board_key(config.model_id, config.engine_kwargs["speculative_config"])
         folder = Path(tempfile.gettempdir(), f"vllm_accel_gates_{os.getuid()}", key)
         folder.mkdir(parents=True, exist_ok=True)
-        options = {"name": key, "namespace": NAMESPACE, "lifetime": "detached"}
-        board = ray.remote(GateBoard).options(**options, get_if_exists=True, num_cpus=0)
+        board = ray.remote(GateBoard).options(**_OPTIONS, name=key)
         return cls(board.remote(), replica, folder / f"{rank}.json")
 
     async def starting_point(self, config: Any) -> dict[str, Any]:
