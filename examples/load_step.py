@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
@@ -103,7 +104,9 @@ def main() -> None:
     found = [figures(part, requests) for part, requests in parts]
     print(json.dumps(found, indent=2))
     if args.output:
-        args.output.write_text(json.dumps({"phases": found}, indent=2) + "\n")
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        written = {"date": date, "command": sys.argv, "phases": found}
+        args.output.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

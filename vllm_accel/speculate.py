@@ -15,7 +15,7 @@ Decided = TypeVar("Decided")
 NO_ROOM = "no_room"
 """Reason of a request that cannot use another draft."""
 AHEAD = "ahead"
-"""Reason of a request that wanted to draft in a step that must not."""
+"""Reason of a request that wanted to draft while the next step had no room for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class CoinGate:
 
 
 class StretchGate:
-    """Open for some steps, closed for some: the engine runs ahead and is called back."""
+    """Open for some steps, closed for some: room for drafts comes and goes."""
 
     reason = "stretch"
     _LENGTH = 8

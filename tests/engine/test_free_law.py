@@ -89,6 +89,7 @@ FLOAT, BFLOAT = {"dtype": "float32"}, {"dtype": "bfloat16"}
 CASES = {
     "always": ({**FLOAT, **ROOMY}, False, {"gate": "always", "exit_layer": 1}),
     "random": ({**BFLOAT, **TIGHT}, True, {"gate": RANDOM, "exit_layer": 2}),
+    "queued": ({**BFLOAT, **ROOMY}, True, {"gate": RANDOM, "exit_layer": 2}),
     "threshold": ({**FLOAT, **TIGHT}, False, {"threshold": 0.3, "exit_layer": 3}),
     "beta_mixture": ({**FLOAT, **TIGHT}, False, {"gate": "beta_mixture", "model": 1}),
     "never": ({**FLOAT, **TIGHT}, False, {"gate": "never", "exit_layer": 1}),

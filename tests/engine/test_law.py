@@ -24,6 +24,9 @@ TIGHT = {
     "num_gpu_blocks_override": 24,
 }
 
+# Steps queued with room for whole drafts, up to the model's length.
+SHORT = {**ROOMY, "max_model_len": 224}
+
 
 def greedy(max_tokens, **more):
     return {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **more}
@@ -64,6 +67,7 @@ CASES = [
     *(("bfloat16", "roomy", ROOMY, False, gate) for gate in GATES),
     *(("bfloat16", "tight", TIGHT, True, gate) for gate in GATES),
     *(("float32", "tight", TIGHT, False, gate) for gate in ("goodput", "random")),
+    ("bfloat16", "short", SHORT, True, "random"),
 ]
 
 
@@ -94,8 +98,9 @@ def test_greedy_tokens_are_plain_vllms(
     drafted = found["metrics"].get("vllm:accel_drafted_tokens", 0)
     accepted = found["metrics"].get("vllm:accel_accepted_tokens", 0)
     assert (drafted == 0) if gate == "never" else (drafted > accepted > 0)
-    # Room for drafts that stayed empty is none.
-    assert found["metrics"].get("vllm:spec_decode_num_draft_tokens", 0) <= drafted
+    # Room for drafts that stayed empty is none; requests that ended are not counted.
+    theirs = found["metrics"].get("vllm:spec_decode_num_draft_tokens", 0)
+    assert 0.9 * drafted <= theirs <= drafted
     opened, closed = (
         found["metrics"].get(f"vllm:accel_gate_decisions|reason={gate}|state={state}", 0)
         for state in ("open", "closed")

@@ -170,6 +170,22 @@ def test_the_legend_covers_no_figure_and_fits():
         assert figure.bbox.y0 <= legend.y0
 
 
+def test_a_method_has_the_same_colour_in_every_picture():
+    figures = pytest.importorskip("vllm_accel.bench.figures")
+    seen = set()
+    for methods in (("plain", "suffix", "cerberus"), ("plain", "cerberus")):
+        rows = [decode_row(m, size, "all", 1.2) for size in SIZES for m in methods]
+        (axes,) = figures.drawn(figures.charts({"rows": rows})[0]).axes
+        handles, labels = axes.get_legend_handles_labels()
+        colours = {
+            handle.lines[0].get_color()
+            for handle, label in zip(handles, labels, strict=True)
+            if label == "cerberus"
+        }
+        seen |= colours
+    assert len(seen) == 1
+
+
 def test_the_table_has_columns_of_equal_width(decode_file):
     lines = table.as_text(results.load(decode_file)).splitlines()
     assert len(lines) == 1 + 12

@@ -117,6 +117,21 @@ def test_of_what_replicas_have_in_common_each_gives_its_newest():
     assert seconds.count(0.004) == seconds.count(0.008)
 
 
+def test_prices_follow_surprises_before_usual_steps():
+    """Sixteen steps to the next fit, four where each is far off."""
+    seen = {}
+    for seconds in (0.0042, 0.008):
+        cost = StepCost()
+        cost.load_state_dict(only(PLAIN, 0.004))
+        before = cost.seconds(PLAIN)[0]
+        for _ in range(12):
+            cost.observe(PLAIN, seconds)
+            after = cost.seconds(PLAIN)[0]
+        seen[seconds] = after / before
+    assert seen[0.0042] == 1
+    assert seen[0.008] > 1.5
+
+
 def test_plain_steps_stay_known_while_others_are_all_there_is():
     """A gate that stays open measures hardly any plain step, and goes by their price."""
     cost = StepCost()

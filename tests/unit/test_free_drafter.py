@@ -84,7 +84,7 @@ def test_a_closed_gate_runs_no_layer():
     assert report.gate["closed", "never"] == 2
 
 
-def test_a_step_that_runs_ahead_drafts_nothing_and_says_who_wanted_to():
+def test_a_step_with_no_room_behind_it_drafts_nothing_and_says_who_wanted_to():
     model, free = drafter(ALWAYS)
     report = StepReport()
     free.draft(two(), model.shallow, report, may_draft=False)

@@ -58,7 +58,7 @@ class World:
         requests = len(self.req_ids)
         rows = requests + self._waits
         opened = len(stacks)
-        shape = (rows, requests, 0, opened, 1, shallow_steps, shallow_rows, self._waits)
+        shape = (rows, requests, 0, opened, shallow_steps, shallow_rows, self._waits)
         ms = 6 + self._row_ms * rows + self._shallow_ms * shallow_steps
         ms *= self._random.normal(1, 0.02)
         self.gate.observe(StepShape(*shape), ms / 1e3)

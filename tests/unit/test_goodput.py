@@ -8,6 +8,8 @@ from vllm_accel import ConfigError
 from vllm_accel.gating.cost import StepCost, StepShape
 from vllm_accel.gating.goodput import (
     FIRST_STEPS,
+    HABIT_EVERY,
+    HABIT_SHARE,
     REFRESH_EVERY,
     Goodput,
     Load,
@@ -166,7 +168,20 @@ def test_drafts_made_by_habit_teach_no_calibrator():
     for _ in range(40):
         engine.step(1)
         weighed += "0" in engine.gate._waiting
-    assert 0 < weighed < 20
+    assert 0 < weighed <= 40 // HABIT_EVERY + FIRST_STEPS
+
+
+def test_a_habit_ends_where_nothing_is_wanted_any_more():
+    load = Load(share=1.0)
+    for _ in range(2):
+        load.note_share(0.0)
+    assert load.share < HABIT_SHARE
+
+
+def test_what_keeps_a_gate_open_does_not_open_one():
+    survival = np.array([[0.5, 0.3]] * 4)
+    gain = best_drafts(survival, StepShape(4, 4), known_cost(8e-4)).gain
+    assert Load().least_gain < gain < Load(closed=True).least_gain
 
 
 def test_a_closed_gate_is_tried_for_one_request_only():

@@ -71,6 +71,22 @@ def test_boards_are_of_a_model_and_its_settings():
     assert board_key("m", "cerberus") in keys
 
 
+def test_the_board_is_in_no_replicas_placement_group(tmp_path, config, monkeypatch):
+    """Serve ends a replica's group with it."""
+    asked = {}
+
+    class Actor:
+        def options(self, **options):
+            asked.update(options)
+            return SimpleNamespace(remote=lambda: None)
+
+    monkeypatch.setattr(gate_sharing.tempfile, "gettempdir", lambda: tmp_path)
+    monkeypatch.setattr(gate_sharing.ray, "remote", lambda _: Actor())
+    SharedGate.join(config, 0, "a")
+    assert asked["scheduling_strategy"] == "DEFAULT"
+    assert asked["name"] == board_key("m", {"method": "cerberus"})
+
+
 class Remote:
     """A board as its handle: every method is asked with `.remote`, and may fail."""
 

@@ -37,6 +37,8 @@ class _Kind:
     baseline: str
     x_label: str
     ratio_label: str
+    methods: tuple[str, ...]
+    """In the order of their colours."""
 
     @property
     def again(self) -> str:
@@ -45,7 +47,12 @@ class _Kind:
 
 
 _DECODE = _Kind(
-    "batch_size", "ratio_to_plain", "plain", "batch size", "tokens/s over plain vLLM"
+    "batch_size",
+    "ratio_to_plain",
+    "plain",
+    "batch size",
+    "tokens/s over plain vLLM",
+    ("cerberus", "free", "medusa", "ngram", "suffix"),
 )
 _PREFILL = _Kind(
     "prompt_length",
@@ -53,6 +60,7 @@ _PREFILL = _Kind(
     "dense",
     "prompt length, tokens",
     "times sooner than dense",
+    ("lazyllm", "random-drop", "static-prune", "dense-whole"),
 )
 
 
@@ -271,4 +279,5 @@ def _coloured(rows: Sequence[Row], kind: _Kind) -> Iterable[tuple[str, str]]:
     """(colour, method), baselines left out; a method keeps its colour in every picture."""
     methods = dict.fromkeys(row["method"] for row in rows)
     shown = [name for name in methods if name not in (kind.baseline, kind.again)]
-    return [(_COLOURS[i % len(_COLOURS)], name) for i, name in enumerate(shown)]
+    known = list(dict.fromkeys([*kind.methods, *shown]))
+    return [(_COLOURS[known.index(name) % len(_COLOURS)], name) for name in shown]

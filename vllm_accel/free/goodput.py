@@ -93,7 +93,7 @@ class ExitGoodput:
     def exits(self, said: ExitSignals) -> list[bool]:
         """[num_reqs] True where the shallow choice is worth a row of the deep layers."""
         step = self._step
-        if not step.noted:  # here, as a step that runs ahead asks and does not draft
+        if not step.noted:  # here: a step with no room behind it asks and does not
             self._loads[step.requests.bit_length()].note(True, step.trying)
             step.noted = True
         step.shallow_steps += 1

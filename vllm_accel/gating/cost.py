@@ -19,7 +19,7 @@ State = Mapping[str, Any]
 Kind = tuple[int, ...]
 
 _BENDS = np.array([0, 8, 32, 128])  # decode rows where the price of a row may change
-_COLUMNS = 13
+_COLUMNS = 12
 
 _KEPT = 16
 """Steps of each kind that are remembered."""
@@ -49,9 +49,6 @@ class StepShape:
     """Rows of requests whose prompt is still being read."""
     drafted_for: Any = 0
     """Requests the heads ran for at its end."""
-    waited: Any = 0
-    """1 if it was scheduled after the end of the one before and not while that one ran; 0
-    where there is no choice."""
     shallow_steps: Any = 0
     """Times the first layers were run alone at its end."""
     shallow_rows: Any = 0
@@ -69,7 +66,7 @@ class StepShape:
         drafts = int(self.decode_rows) - int(self.requests)
         sizes = (self.requests, drafts, self.prefill_tokens, self.shallow_rows)
         digits = (int(size).bit_length() for size in sizes)
-        return (*digits, bool(self.drafted_for), bool(self.waited), bool(self.kept_rows))
+        return (*digits, bool(self.drafted_for), bool(self.kept_rows))
 
     def features(self) -> Floats:
         """[steps, features] float64, about 1 where a step is of a usual size."""
@@ -81,10 +78,9 @@ class StepShape:
         columns[:, 6] = np.asarray(self.prefill_tokens) / 512
         columns[:, 7] = np.asarray(self.drafted_for) > 0
         columns[:, 8] = np.asarray(self.drafted_for) / 32
-        columns[:, 9] = np.asarray(self.waited)
-        columns[:, 10] = np.asarray(self.shallow_steps) / 4
-        columns[:, 11] = np.asarray(self.shallow_rows) / 32
-        columns[:, 12] = np.asarray(self.kept_rows) / 32
+        columns[:, 9] = np.asarray(self.shallow_steps) / 4
+        columns[:, 10] = np.asarray(self.shallow_rows) / 32
+        columns[:, 11] = np.asarray(self.kept_rows) / 32
         return columns
 
 

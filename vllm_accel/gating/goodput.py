@@ -152,6 +152,7 @@ class Goodput:
         admitted = self._wanted(features, load, trying=step.trying)
         if not admitted.any():
             load.note(False, step.trying)
+            load.note_share(0.0)
         pairs = zip(signals.req_ids, admitted, strict=True)
         step.req_ids = [req_id for req_id, yes in pairs if yes]
         step.features = features[admitted]
@@ -160,7 +161,7 @@ class Goodput:
     def lengths(self, drafts: DraftSignals) -> list[int]:
         """How many draft tokens to verify of each admitted request."""
         step = self._step
-        # Here and not in `admit`: a step that runs ahead asks and then does not draft.
+        # Here and not in `admit`: a step with no room behind it asks and does not draft.
         self._loads[step.requests.bit_length()].note(True, step.trying)
         if step.by_habit:
             return [drafts.draft_tokens] * len(drafts)

@@ -30,10 +30,6 @@ class Orders:
     """False if the next step will have no room for drafts."""
     keep_drafts: bool
     """The next step is scheduled without knowing the drafts: the workers fill them in."""
-    queued: bool
-    """The step before it may have been on its way when it was scheduled."""
-    waited: bool
-    """It was scheduled with no other step on its way, and need not have been."""
     measured: list[StepTime]
     """Of the steps that ended since the last orders."""
 

@@ -67,8 +67,8 @@ def _run(application: Any) -> None:
 
 def _reports(status: Any) -> list[str]:
     """What Serve says of each part; its own exception may name the part alone."""
-    deployments = status.applications[APP].deployments.values()
-    return [deployment.message for deployment in deployments]
+    app = status.applications.get(APP)
+    return [part.message for part in app.deployments.values()] if app else []
 
 
 def reason(reports: Iterable[str]) -> str:

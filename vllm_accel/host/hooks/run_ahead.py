@@ -30,7 +30,7 @@ def apply() -> None:
     def step(self: EngineCore) -> Stepped:
         if not carrier.is_loaded(self.vllm_config):
             return original(self)
-        self.async_scheduling = True  # post_step: drafts have come with the output
+        self.async_scheduling = True  # post_step: no trip for drafts
         if not self.scheduler.can_run_ahead:
             return original(self)
         if self.batch_queue is None:

@@ -20,24 +20,23 @@ class StepClock:
         self._ended: float | None = None
 
     def end(
-        self, scheduler_output: Any, report: StepReport, *, waited: bool, busy: bool
+        self, scheduler_output: Any, report: StepReport, *, busy: bool
     ) -> StepTime | None:
         """Ends a step; gives its time if the engine was at nothing else meanwhile.
 
         Args:
             report: what the worker did besides.
-            waited: see `StepShape`.
             busy: there is more to do, so that the next step follows at once.
         """
         now = time.perf_counter()
         began, self._ended = self._ended, now if busy else None
         if began is None or not scheduler_output.total_num_scheduled_tokens:
             return None
-        shape = shape_of(scheduler_output, report, waited=waited)
+        shape = shape_of(scheduler_output, report)
         return StepTime(shape, now - began)
 
 
-def shape_of(scheduler_output: Any, report: StepReport, *, waited: bool) -> StepShape:
+def shape_of(scheduler_output: Any, report: StepReport) -> StepShape:
     """What a step had to do: room for drafts that stayed empty is no row."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
     new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
@@ -54,7 +53,6 @@ def shape_of(scheduler_output: Any, report: StepReport, *, waited: bool) -> Step
         len(decoding),
         prefill,
         report.drafted_for,
-        int(waited),
         report.shallow_steps,
         report.shallow_rows,
         report.kept_rows,

@@ -81,8 +81,8 @@ class CerberusProposer:
     ) -> Callable[[Tensor], Tensor]:
         """The target's own, or its rows of the tokens that can be drafted.
 
-        The rows are few: every rank of a tensor-parallel engine holds them all and drafts
-        the same without a word to the others.
+        The rows are few: every rank of a tensor-parallel engine holds them all, and none
+        waits for the others' share of the logits.
         """
         if heads.draft_token_ids is None or heads.lm_heads is not None:
             return target.compute_logits

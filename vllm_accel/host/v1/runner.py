@@ -28,9 +28,7 @@ class DraftingRunnerMixin:
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Fills in what was not known when the step was scheduled."""
-        orders = attached(scheduler_output)
-        if orders is not None and orders.queued:
-            room.fill(scheduler_output, self.requests, self._book)
+        room.fill(scheduler_output, self.requests, self._book)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +157,7 @@ class DraftingRunnerMixin:
     def _rooms(self, sampled_token_ids: list[list[int]]) -> list[int]:
         """Drafts each request can still use: none behind a token that ends it.
 
-        The scheduler knows that a step later than the next one is queued.
+        The scheduler learns of the end when the next step is already queued.
         """
         return [
             0 if self._ends(i, token_ids) else self._room(i)
@@ -168,7 +166,8 @@ class DraftingRunnerMixin:
 
     def _ends(self, i: int, token_ids: list[int]) -> bool:
         params = self.requests[self.input_batch.req_ids[i]].sampling_params
-        return not params.all_stop_token_ids.isdisjoint(token_ids)
+        ends = (params.eos_token_id, *(params.stop_token_ids or ()))
+        return not set(ends).isdisjoint(token_ids)
 
     def _room(self, i: int) -> int:
         """Drafts request `i` can still use, if it goes on."""

@@ -1,4 +1,4 @@
-"""Scheduler: vLLM's own, which waits for outputs where drafts may come; it counts steps."""
+"""Scheduler: vLLM's own, which makes room for drafts in steps queued ahead; it counts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,6 @@ class AccelScheduler(AsyncScheduler):
         self._longest = config.num_speculative_tokens
         run_ahead.apply()
         self._measured: list[StepTime] = []
-        self._in_flight = 0
         self._held = False
 
     def _never_pad(self) -> None:
@@ -92,13 +91,10 @@ class AccelScheduler(AsyncScheduler):
         orders = Orders(
             may_draft=has_room or not self.runs_ahead,
             keep_drafts=has_room,
-            queued=self.can_run_ahead,
-            waited=self.can_run_ahead and not grammar and not self._in_flight,
             measured=self._measured,
         )
         attach(scheduler_output, orders)
         self._measured = []
-        self._in_flight += scheduler_output.total_num_scheduled_tokens > 0
         return scheduler_output
 
     def _make_room(self, scheduler_output: Any) -> bool:
@@ -115,16 +111,14 @@ class AccelScheduler(AsyncScheduler):
         return size > 0
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Takes the drafts that came with the output; counts what requests were given."""
+        """Counts what requests were given; takes drafts that the workers did not keep."""
         report = attached(model_runner_output)
         self._note_empty_room(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._in_flight -= scheduler_output.total_num_scheduled_tokens > 0
         busy = self.has_unfinished_requests()
         measured = self._clock.end(
             scheduler_output,
             StepReport() if report is None else report,
-            waited=attached(scheduler_output).waited,
             busy=busy,
         )
         if measured is not None:
