@@ -81,10 +81,10 @@ def test_some_of_them_end_inside_an_accepted_draft(answers, method):
     assert verified > metrics["vllm:accel_output_tokens"]
 
 
-def test_steps_are_queued_ahead_and_every_batch_drafts(answers):
+def test_steps_are_queued_ahead_and_every_batch_but_the_shortest_drafts(answers):
     by_batch = answers["cerberus"]["metrics_by_batch"]
     assert by_batch[-1][AHEAD] > 0  # wishes of steps that had no room for drafts
-    drafted = [0, *(b["vllm:accel_drafted_tokens"] for b in by_batch)]
+    drafted = [b.get("vllm:accel_drafted_tokens", 0) for b in by_batch]
     assert all(before < after for before, after in pairwise(drafted))
 
 
