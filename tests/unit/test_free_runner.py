@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm_accel.free.stack import ExitStacks
 from vllm_accel.host.v1.free_runner import FreeRunnerMixin
+from vllm_accel.speculate import DraftBook
 
 
 class Runner:
@@ -17,6 +18,7 @@ class Runner:
 
 class FreeRunner(FreeRunnerMixin, Runner):
     def __init__(self):
+        self.requests, self._book = {}, DraftBook()
         self.drafter = SimpleNamespace(stacks=ExitStacks(cap=2, max_reqs=4, state_width=2))
         for name in "abcd":
             self.drafter.stacks.open(name, 10, 7, room=2)
@@ -31,7 +33,8 @@ class FreeRunner(FreeRunnerMixin, Runner):
 def scheduled(preempted=None, resumed=(), finished=()):
     return SimpleNamespace(
         preempted_req_ids=preempted,
-        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(resumed)),
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], resumed_req_ids=set(resumed)),
+        scheduled_spec_decode_tokens={},
         finished_req_ids=set(finished),
     )
 
