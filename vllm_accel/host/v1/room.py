@@ -13,7 +13,9 @@ from vllm_accel.speculate import DraftBook
 
 
 def fill(scheduler_output: Any, requests: Mapping[str, Any], book: DraftBook) -> None:
-    """Makes a step, this process's own copy, what it would be had it waited.
+    """Makes a step what it would be had it waited; one that did stays as it is.
+
+    The step is changed in place: it is this process's own copy wherever steps are queued.
 
     Args:
         requests: the runner's books, exact up to the step before.
