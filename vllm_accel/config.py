@@ -8,7 +8,7 @@ nothing that changes from run to run: vLLM hashes it into its compile-cache key.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from vllm_accel.errors import ConfigError, refuse_unknown_keys
 
@@ -31,7 +31,30 @@ EXIT_GATES = ("goodput", "beta_mixture", "threshold", "always", "never")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CerberusConfig:
+class _Settings:
+    """What a user writes, and back."""
+
+    method: str
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """The config a JSON object or keyword arguments describe.
+
+        Raises:
+            ConfigError: a key is unknown or a value is not allowed.
+        """
+        fields = dataclasses.fields(cls)
+        known = [field.name for field in fields]
+        refuse_unknown_keys(settings, known, f"for method {fields[0].default!r}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_mapping` gives the same config back."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CerberusConfig(_Settings):
     """Settings of the Cerberus method (arXiv 2410.13344)."""
 
     method: str = "cerberus"
@@ -94,22 +117,9 @@ class CerberusConfig:
                 "expected a number of nats above 0; leave it out to use the heads' own."
             )
 
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> "CerberusConfig":
-        """The config a JSON object or keyword arguments describe.
-
-        Raises:
-            ConfigError: a key is unknown or a value is not allowed.
-        """
-        return _from_mapping(cls, settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_mapping` gives the same config back."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeConfig:
+class FreeConfig(_Settings):
     """Settings of the FREE method (arXiv 2310.05424)."""
 
     method: str = "free"
@@ -182,33 +192,21 @@ class FreeConfig:
                 "out to use the exit's own."
             )
 
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> "FreeConfig":
-        """The config a JSON object or keyword arguments describe.
-
-        Raises:
-            ConfigError: a key is unknown or a value is not allowed.
-        """
-        return _from_mapping(cls, settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_mapping` gives the same config back."""
-        return dataclasses.asdict(self)
-
 
 Config = CerberusConfig | FreeConfig
 _CONFIGS: dict[str, type[CerberusConfig] | type[FreeConfig]] = {
     "cerberus": CerberusConfig,
     "free": FreeConfig,
 }
-_Any = TypeVar("_Any", CerberusConfig, FreeConfig)
 
 
-def _from_mapping(cls: type[_Any], settings: Mapping[str, Any]) -> _Any:
-    fields = dataclasses.fields(cls)
-    known = [field.name for field in fields]
-    refuse_unknown_keys(settings, known, f"for method {fields[0].default!r}")
-    return cls(**settings)
+def methods_with(key: str) -> tuple[str, ...]:
+    """The methods that have a setting of this name."""
+    return tuple(
+        method
+        for method, config in _CONFIGS.items()
+        if key in {field.name for field in dataclasses.fields(config)}
+    )
 
 
 def parse(value: object) -> Config:

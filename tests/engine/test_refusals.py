@@ -56,6 +56,10 @@ CASES = {
         {"speculative_config": {"gate": "never", "num_speculative_tokens": 4}},
         "no method is named",
     ),
+    "a key of free's, no method": (
+        {"speculative_config": {"exit_layer": 1}},
+        "add --speculative-config.method free",
+    ),
     "no heads": (
         {"speculative_config": CERBERUS | {"model": "/no/such/folder"}},
         "neither a folder nor a repository",

@@ -4,14 +4,16 @@ It is the one place every way in passes (command line, `LLM`, async engine, Ray)
 the model's config is known and the engine's is not built yet.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_accel.config import is_ours
+from vllm_accel.config import is_ours, methods_with
 from vllm_accel.errors import AccelError, ConfigError
 from vllm_accel.host.hooks import cli_names
 
@@ -54,26 +56,16 @@ def apply() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-_OUR_KEYS = {
-    "gate",
-    "gate_state",
-    "entropy_threshold",
-    "run_ahead",
-    "check_base",
-    "exit_layer",
-    "mode",
-    "threshold",
-}
-
-
 def _refuse_our_keys(method: Any, settings: dict[str, Any]) -> None:
     """Says what is missing when our settings come without our method's name."""
-    ours = sorted(settings.keys() & _OUR_KEYS)
+    vllm_s = {field.name for field in dataclasses.fields(SpeculativeConfig)}
+    ours = [key for key in sorted(settings.keys() - vllm_s) if methods_with(key)]
     if ours and method is None:
+        methods = methods_with(ours[0])
         raise ConfigError(
-            f"{ours[0]!r} is a setting of vllm_accel but no method is named: expected "
-            "'method': 'cerberus' beside it; on the command line add "
-            "--speculative-config.method cerberus."
+            f"{ours[0]!r} is a setting of vllm_accel's {' and '.join(methods)} but no "
+            f"method is named: expected 'method': {methods[0]!r} beside it; on the command "
+            f"line add --speculative-config.method {methods[0]}."
         )
 
 
