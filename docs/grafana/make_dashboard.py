@@ -21,6 +21,7 @@ RATIOS = {
         "percentunit",
     ),
     "Tokens per request and step": ("accel_output_tokens", "accel_request_steps", "short"),
+    "Layers per token": ("accel_layer_rows", "accel_output_tokens", "short"),
 }
 """Title: numerator, denominator, unit; per replica."""
 

@@ -110,3 +110,6 @@ def test_greedy_answers_are_plain_vllms(plain, generate, cut, name):
     drafted = metrics.get("vllm:accel_drafted_tokens", 0)
     accepted = metrics.get("vllm:accel_accepted_tokens", 0)
     assert (drafted == 0) if name == "never" else (drafted > accepted > 0)
+    if name == "never":
+        layer_rows = metrics["vllm:accel_layer_rows"]
+        assert layer_rows == 4 * metrics["vllm:accel_output_tokens"]

@@ -125,9 +125,24 @@ def test_shares_come_from_what_was_counted_in_between():
     names = [f"vllm:accel_gate_decisions|{state}" for state in ("open", "closed")]
     before = {names[0]: 5.0, "vllm:accel_draft_seconds": 1.0}
     after = {names[0]: 8.0, names[1]: 1.0, "vllm:accel_draft_seconds": 1.5}
-    shares = decode.gate(before, after, 2.0)
-    assert shares == {"gate_open_share": 0.75, "draft_cost_share": 0.25}
-    assert set(decode.gate({}, {}, 2.0).values()) == {None}
+    shares = decode.counted(before, after, 2.0)
+    assert shares["gate_open_share"] == 0.75
+    assert shares["draft_cost_share"] == 0.25
+    assert set(decode.counted({}, {}, 2.0).values()) == {None}
+
+
+def test_layers_and_agreement_are_per_token_given():
+    before = {"vllm:accel_output_tokens": 50.0}
+    after = {
+        "vllm:accel_output_tokens": 150.0,
+        "vllm:accel_layer_rows": 700.0,
+        "vllm:accel_final_tokens": 40.0,
+        "vllm:accel_final_agreed_tokens": 37.0,
+    }
+    shares = decode.counted(before, after, 1.0)
+    assert (shares["layers_per_token"], shares["agreement"]) == (7.0, 0.97)
+    after["vllm:accel_final_tokens"] = 0.0
+    assert decode.counted(before, after, 1.0)["agreement"] is None
 
 
 # Whole runs
@@ -236,6 +251,15 @@ def test_a_difference_says_where_it_is():
     method, batch_size, difference = bench.differences[1]
     assert (method, batch_size) == ("ngram", 2)
     assert str(difference).startswith("p:1: token 3 is -1, plain's 4; ")
+
+
+def test_a_method_that_may_say_something_else_is_not_a_failure():
+    engines = {"plain": ScriptedEngine(), "free-exit": ScriptedEngine(wrong_at=3)}
+    bench, rows, _ = run(engines, plan(prompt_sets=("all",)), prompts(6))
+    row = by_method(rows, "all")["free-exit"]
+    keys = ("identical_tokens", "ties", "differences")
+    assert [row[key] for key in keys] == [0, None, None]
+    assert not bench.differences
 
 
 def test_greedy_requests_never_end_early():

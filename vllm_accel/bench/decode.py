@@ -6,14 +6,16 @@ round: what noise alone does to a ratio.
 """
 
 import logging
+import operator
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_accel.bench import compare, results
 from vllm_accel.bench.engine import Decoded, Engine, tokens_per_s
-from vllm_accel.bench.methods import COUNTED
+from vllm_accel.bench.methods import COUNTED, INEXACT
 from vllm_accel.bench.prompts import Prompt, batches, rotated
 from vllm_accel.bench.results import Row
 from vllm_accel.errors import ConfigError
@@ -184,7 +186,9 @@ class DecodeBench:
             {"method": name}
             | common
             | speeds(name, rounds)
-            | gate(before.get(name, {}), after.get(name, {}), decode_seconds(name, rounds))
+            | counted(
+                before.get(name, {}), after.get(name, {}), decode_seconds(name, rounds)
+            )
             | {"looping_share": share}
             | self._comparison(name, batch_size, used, rounds)
             for name in self._turns
@@ -197,12 +201,18 @@ class DecodeBench:
     def _comparison(
         self, name: str, batch_size: int, used: Sequence[Prompt], rounds: Sequence[Round]
     ) -> Row:
-        """Counts of equal, tied and different answers; nothing above temperature 0."""
+        """Counts of equal, tied and different answers; nothing above temperature 0.
+
+        A method that may say something else has equal ones alone.
+        """
         if self._plan.temperature > 0:
             return dict.fromkeys(("identical_tokens", "ties", "differences"))
         matches = compare.Matches()
-        answers = zip(used, _answers(name, rounds), _answers("plain", rounds), strict=True)
-        for prompt, ours, plain in answers:
+        said, plainly = _answers(name, rounds), _answers("plain", rounds)
+        if name in INEXACT:
+            same = sum(map(operator.eq, said, plainly))
+            return {"identical_tokens": same, "ties": None, "differences": None}
+        for prompt, ours, plain in zip(used, said, plainly, strict=True):
             self._judge.add(matches, prompt, ours, plain)
         self.differences += [(name, batch_size, one) for one in matches.differences]
         return {
@@ -236,22 +246,30 @@ def decode_seconds(name: str, rounds: Sequence[Round]) -> float:
     return sum(decoded.all_seconds for each in rounds for decoded in each[name])
 
 
-def gate(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> Row:
-    """Shares from what was counted in between; None where nothing was.
+def counted(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> Row:
+    """What counters that grew in between say; None where nothing was counted.
 
     Args:
         before: counters before the rounds.
         after: those after.
         seconds: decode time in between.
     """
-    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
-    is_open = grown.get("vllm:accel_gate_decisions|open", 0.0)
-    decisions = is_open + grown.get("vllm:accel_gate_decisions|closed", 0.0)
-    drafting = grown.get("vllm:accel_draft_seconds")
+    grown: dict[str, float] = defaultdict(float)
+    for name, value in after.items():
+        grown[name.removeprefix("vllm:accel_")] = value - before.get(name, 0.0)
+    is_open = grown["gate_decisions|open"]
+    wrong = grown["final_tokens"] - grown["final_agreed_tokens"]
+    tokens = grown["output_tokens"]
     return {
-        "gate_open_share": is_open / decisions if decisions else None,
-        "draft_cost_share": None if drafting is None else drafting / seconds,
+        "gate_open_share": _over(is_open, is_open + grown["gate_decisions|closed"]),
+        "draft_cost_share": grown["draft_seconds"] / seconds if after else None,
+        "layers_per_token": _over(grown["layer_rows"], tokens),
+        "agreement": _over(tokens - wrong, tokens) if grown["final_tokens"] else None,
     }
+
+
+def _over(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _answers(name: str, rounds: Sequence[Round]) -> list[list[int]]:

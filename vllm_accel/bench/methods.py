@@ -10,8 +10,11 @@ from typing import Any
 from vllm_accel.errors import ConfigError
 from vllm_accel.lazyllm.config import LazyConfig
 
-COUNTED = {"cerberus", "free"}
+COUNTED = {"cerberus", "free", "free-exit", "free-always"}
 """Methods of ours: they count what their gate does."""
+
+INEXACT = {"free-exit", "free-always"}
+"""Methods whose answers may be others than plain vLLM's."""
 
 MEDUSA_FOLDERS = ("vllm_medusa", "medusa")
 
@@ -79,6 +82,17 @@ def _free(settings: Settings) -> dict[str, Any]:
     return {"speculative_config": {"method": "free", **settings.free}}
 
 
+def _free_exit(settings: Settings, **more: Any) -> dict[str, Any]:
+    own = {key: value for key, value in settings.free.items() if key != "gate"}
+    config = {"method": "free", **own, "mode": "exit", **more}
+    return {"speculative_config": config}
+
+
+def _free_always(settings: Settings) -> dict[str, Any]:
+    """Every draft is made and is final: the most that mode `exit` can give."""
+    return _free_exit(settings, gate="always")
+
+
 def _medusa(settings: Settings) -> dict[str, Any]:
     folder = _medusa_folder(settings)
     config = {
@@ -141,6 +155,8 @@ DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "plain": lambda settings: {},
     "cerberus": _cerberus,
     "free": _free,
+    "free-exit": _free_exit,
+    "free-always": _free_always,
     "medusa": _medusa,
     "ngram": _ngram,
     "suffix": _suffix,

@@ -29,6 +29,10 @@ def _share(name: str) -> Callable[[Row], str]:
     return lambda row: _text(row.get(name), ".0%")
 
 
+def _percent(name: str) -> Callable[[Row], str]:
+    return lambda row: _text(row.get(name), ".1%")
+
+
 def _text(value: Any, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
@@ -42,6 +46,8 @@ DECODE: list[Column] = [
     ("tokens/step", _number("tokens_per_step", 2)),
     ("gate open", _share("gate_open_share")),
     ("draft cost", _share("draft_cost_share")),
+    ("layers/token", _number("layers_per_token", 1)),
+    ("agreement", _percent("agreement")),
     ("looping", _share("looping_share")),
     ("identical", _key("identical_tokens")),
     ("ties", _key("ties")),
@@ -69,7 +75,7 @@ WHOLE: list[Column] = [
 ]
 """Where `bench prefill` had --max-tokens."""
 
-TIME: list[Column] = [DECODE[i] for i in (0, 1, 2, 6, 7)]
+TIME: list[Column] = [DECODE[i] for i in (0, 1, 2, 6, 7, 8)]
 """Where a method's time goes."""
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prometheus_client import REGISTRY
 from vllm import LLM
 from vllm.inputs import tokens_input
 from vllm.platforms import current_platform
@@ -14,7 +13,7 @@ from vllm.tokenizers import get_tokenizer
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_accel.errors import AccelError
-from vllm_accel.host import lazyllm
+from vllm_accel.host import lazyllm, metrics
 from vllm_accel.host.v1.lazyllm import settings as lazy_settings
 
 _RESET_TRIES = 100
@@ -35,6 +34,7 @@ class Engine:
     def __init__(self, **engine_args: Any) -> None:
         self._llm = LLM(**engine_args)
         self._engine = self._llm.llm_engine
+        self._counters = metrics.newest_folder()
         self._pool = _PoolUse()
         self._held: list[float] = []
         if self._engine.logger_manager is not None:
@@ -115,17 +115,16 @@ class Engine:
         return best[0] - best[1]
 
     def counters(self) -> dict[str, float]:
-        """`vllm:accel_*` counters of the last cerberus engine that was started.
+        """`vllm:accel_*` counters of an engine of ours.
 
         By name, and `NAME|STATE` where they have a state. Not from `LLM.get_metrics`,
-        which cuts seconds to whole ones.
+        which cuts seconds to whole ones and knows the newest engine alone.
         """
         totals: Counter[str] = Counter()
-        for metric in REGISTRY.collect():
-            if metric.name.startswith("vllm:accel_"):
-                for sample in metric.samples:
-                    state = sample.labels.get("state")
-                    totals[metric.name + (f"|{state}" if state else "")] += sample.value
+        for metric in metrics.read(self._counters):
+            for sample in metric.samples:
+                state = sample.labels.get("state")
+                totals[metric.name + (f"|{state}" if state else "")] += sample.value
         return dict(totals)
 
     def reset_prefix_cache(self) -> None:

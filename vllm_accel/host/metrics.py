@@ -35,6 +35,7 @@ HELP = {
     "vllm:accel_final_tokens": "Output tokens that left at free's exit, in mode exit.",
     "vllm:accel_final_agreed_tokens": "Those the deep layers would have chosen too.",
     "vllm:accel_draft_seconds": "Time spent deciding whether to draft and drafting.",
+    "vllm:accel_layer_rows": "Rows of decoding requests, times the layers they ran.",
     "vllm:accel_request_steps": "Steps in which a request was given output tokens.",
     "vllm:accel_output_tokens": "Output tokens given to requests.",
     "vllm:accel_prompts": "Prompts started, by whether some of it may be pruned.",
@@ -107,13 +108,23 @@ class _Reader:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Our own files only: others in the folder have their own way out."""
-        files = [str(f) for f in self.folder.glob(_FILES) if f.stat().st_size]
-        metrics: Iterable[Metric] = MultiProcessCollector.merge(files)
-        return metrics
+        """The newest engine's."""
+        return read(self.folder)
+
+
+def read(folder: Path) -> Iterable[Metric]:
+    """Our own files only: others in the folder have their own way out."""
+    files = [str(f) for f in folder.glob(_FILES) if f.stat().st_size]
+    metrics: Iterable[Metric] = MultiProcessCollector.merge(files)
+    return metrics
 
 
 _reader = _Reader()
+
+
+def newest_folder() -> Path:
+    """Of the engine of ours started last in this process."""
+    return _reader.folder
 
 
 def open_reader() -> None:

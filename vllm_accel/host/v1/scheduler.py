@@ -41,6 +41,8 @@ class AccelScheduler(AsyncScheduler):
         self.can_run_ahead = config.run_ahead and _can_queue(vllm_config, kv_cache_config)
         self._run_ahead = RunAhead(allowed=self.can_run_ahead)
         self._longest = config.num_speculative_tokens
+        self._layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self._exit_layer = config.exit_layer if config.method == "free" else 0
         run_ahead.apply()
         self._measured: list[StepTime] = []
         self._held = False
@@ -178,6 +180,10 @@ class AccelScheduler(AsyncScheduler):
         add("vllm:accel_final_tokens", report.final)
         add("vllm:accel_final_agreed_tokens", report.final_agreed)
         add("vllm:accel_draft_seconds", report.draft_seconds)
+        rows = len(given) + sum(report.verified.values())
+        alone = report.shallow_rows - report.kept_rows
+        layer_rows = rows * self._layers + alone * self._exit_layer
+        add("vllm:accel_layer_rows", layer_rows)
         add("vllm:accel_request_steps", len(given))
         add("vllm:accel_output_tokens", sum(given))
 
