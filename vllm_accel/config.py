@@ -26,7 +26,7 @@ GATES = ("goodput", "entropy", "always", "never")
 MODES = ("verify", "exit")
 """What becomes of free's drafts."""
 
-EXIT_GATES = ("goodput", "beta_mixture", "threshold", "always", "never")
+EXIT_GATES = ("goodput", "quality", "threshold", "beta_mixture", "always", "never")
 """Gates of free that come with this package."""
 
 
@@ -140,14 +140,20 @@ class FreeConfig(_Settings):
     "exit", the paper's: a draft is final, for requests that are plainly greedy."""
 
     gate: str | None = None
-    """Who decides whether to draft, and how far: "goodput" by measured cost, "threshold"
-    while the shallow model is that sure, "beta_mixture" with a threshold learnt as in the
-    paper, "always" to the end, "never", or the dotted path of a class like those in
-    `vllm_accel.free.gates`. None: "goodput", in mode "exit" "threshold"."""
+    """Who decides whether to draft, and how far: "goodput" by measured cost, "quality"
+    with a threshold steered to `exit_quality`, "threshold" while the shallow model is that
+    sure, "beta_mixture" with a threshold learnt as in the paper, "always" to the end,
+    "never", or the dotted path of a class like those in `vllm_accel.free.gates`. None:
+    "goodput", in mode "exit" "quality"."""
 
     threshold: float | None = None
     """For the gate "threshold": confidence, best probability less the second, above which
-    a shallow choice is drafted. None: what the exit's training measured, 0.9 without."""
+    a shallow choice is drafted; "quality" begins there. None: what the exit's training
+    measured, 0.9 without."""
+
+    exit_quality: float = 0.99
+    """For the gate "quality": share of a request's tokens that all layers should agree
+    with. `extra_args={"exit_quality": 0.95}` says it for one request."""
 
     run_ahead: bool = True
     """Queue a step before the one before has ended, as vLLM does on GPUs. Off: wait for
@@ -167,6 +173,7 @@ class FreeConfig(_Settings):
         _check_type(self, "mode", str)
         _check_type(self, "gate", str, None)
         _check_type(self, "threshold", float, int, None)
+        _check_type(self, "exit_quality", float, int)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
@@ -179,7 +186,7 @@ class FreeConfig(_Settings):
         if self.mode == "exit" and self.gate == "goodput":
             raise ConfigError(
                 "free.gate='goodput' weighs speed alone and free.mode='exit' makes drafts "
-                "final: expected another gate; leave it out for threshold."
+                "final: expected another gate; leave it out for quality."
             )
         if self.exit_layer is not None and self.exit_layer < 1:
             raise ConfigError(
@@ -190,6 +197,11 @@ class FreeConfig(_Settings):
             raise ConfigError(
                 f"free.threshold={self.threshold} is out of range: expected 0..1; leave it "
                 "out to use the exit's own."
+            )
+        if not 0 < self.exit_quality < 1:
+            raise ConfigError(
+                f"free.exit_quality={self.exit_quality} is out of range: expected a share "
+                "of tokens above 0 and below 1; mode 'verify' agrees in all of them."
             )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.free import checkpoint as exits
 from vllm_accel.free.exit_head import ExitAdapter, ExitSignals
-from vllm_accel.free.gates import Threshold
+from vllm_accel.free.gates import LearntThreshold, QualityThreshold, Threshold
+from vllm_accel.free.stack import Seen
+from vllm_accel.gating.beta_mixture import INITIAL_THRESHOLD
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
@@ -84,6 +86,42 @@ class RandomExitGate(Threshold):
         return self._random.random() < 0.875
 
 
+class RecordingQuality(QualityThreshold):
+    """For free: the gate `quality` that writes what it learns to `ACCEL_RECORD`.
+
+    JSON lines, one a stack: {"drafted", "agree", "quality", "beta_mixture"}, the latter
+    two thresholds of the confidence: its own, and FREE's from the same evidence.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(INITIAL_THRESHOLD)
+        self._published = LearntThreshold()
+        self._record = _Record()
+
+    def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
+        """See `ExitGate.admit`."""
+        self._published.admit(req_ids, num_decoding)
+        return super().admit(req_ids, num_decoding)
+
+    def learn(self, seen: Seen) -> None:
+        """See `ExitGate.learn`."""
+        super().learn(seen)
+        self._published.learn(seen)
+        self._record.write(
+            {
+                "drafted": seen.drafted,
+                "agree": seen.agree,
+                "quality": self.threshold_of(seen.req_id),
+                "beta_mixture": self._published.threshold,
+            }
+        )
+
+    def keep_only(self, req_ids: Container[str]) -> None:
+        """See `ExitGate.keep_only`."""
+        super().keep_only(req_ids)
+        self._published.keep_only(req_ids)
+
+
 class RecordingGoodput(Goodput):
     """The gate `goodput` that writes what it is told and decides to `ACCEL_RECORD`.
 
@@ -94,28 +132,36 @@ class RecordingGoodput(Goodput):
 
     def __init__(self, draft_tokens: int) -> None:
         super().__init__(draft_tokens)
-        path = Path(os.environ["ACCEL_RECORD"])
-        self._out = path.open("a", buffering=1)
+        self._record = _Record()
 
     def admit(self, signals: Signals) -> list[bool]:
         """See `Goodput.admit`."""
         admitted = super().admit(signals)
-        self._write({"decided": len(admitted), "opened": sum(admitted)})
+        self._record.write({"decided": len(admitted), "opened": sum(admitted)})
         return admitted
 
     def learn(self, req_id: str, verified: int, accepted: int) -> None:
         """See `Goodput.learn`."""
         super().learn(req_id, verified, accepted)
-        self._write({"verified": verified, "accepted": accepted})
+        self._record.write({"verified": verified, "accepted": accepted})
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """See `Goodput.observe`."""
         predicted = float(self.cost.seconds(shape)[0])
         super().observe(shape, seconds)
         times = {"seconds": seconds, "predicted": predicted}
-        self._write(dataclasses.asdict(shape) | times)
+        self._record.write(dataclasses.asdict(shape) | times)
 
-    def _write(self, line: dict[str, Any]) -> None:
+
+class _Record:
+    """The file `ACCEL_RECORD`, JSON line by JSON line."""
+
+    def __init__(self) -> None:
+        path = Path(os.environ["ACCEL_RECORD"])
+        self._out = path.open("a", buffering=1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """A line, at once."""
         self._out.write(json.dumps(line) + "\n")
 
 

@@ -85,6 +85,23 @@ def test_final_drafts_are_those_of_the_published_algorithm(generate, cut):
     )
 
 
+def test_final_drafts_agree_as_often_as_asked_in_bfloat16(generate, cut):
+    free = {"method": "free", "mode": "exit", "exit_quality": 0.9, "exit_layer": 3}
+    arguments = {"model": cut[0], **BFLOAT, **ROOMY, **TINY, "speculative_config": free}
+    eight = law_batches()[2]["prompts"]
+    picky = greedy(200, extra_args={"exit_quality": 0.99})
+    batches = [
+        {"prompts": eight, "sampling": [greedy(200)] * 8},
+        {"prompts": eight[:2], "sampling": [picky, greedy(1)]},
+    ]
+    found = generate(arguments, batches)
+    metrics = found["metrics"]
+    final = metrics["vllm:accel_final_tokens"]
+    wrong = final - metrics["vllm:accel_final_agreed_tokens"]
+    assert final > 100
+    assert wrong / metrics["vllm:accel_output_tokens"] < 0.12
+
+
 FLOAT, BFLOAT = {"dtype": "float32"}, {"dtype": "bfloat16"}
 CASES = {
     "always": ({**FLOAT, **ROOMY}, False, {"gate": "always", "exit_layer": 1}),

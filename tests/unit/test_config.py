@@ -64,6 +64,7 @@ EVERY_KEY_OF_FREE = {
     "mode": "verify",
     "gate": "threshold",
     "threshold": 0.5,
+    "exit_quality": 0.9,
     "run_ahead": False,
     "check_base": False,
 }
@@ -90,6 +91,8 @@ def test_free_by_name_mapping_and_engine_args_is_one_config():
         ({"mode": "exit", "gate": "goodput"}, "weighs speed alone"),
         ({"gate": "entropy"}, "free.gate='entropy' is not a gate: expected"),
         ({"threshold": 1.5}, r"expected 0\.\.1"),
+        ({"exit_quality": 1.0}, "above 0 and below 1"),
+        ({"exit_quality": float("nan")}, "above 0 and below 1"),
         ({"threshold": float("nan")}, r"expected 0\.\.1"),
         ({"num_speculative_tokens": 17}, r"expected 1\.\.16"),
         ({"entropy_threshold": 1.0}, "Unknown key"),

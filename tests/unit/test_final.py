@@ -38,3 +38,18 @@ def test_a_plainly_greedy_request_may():
 )
 def test_any_other_request_goes_through_all_layers(params):
     assert not final.allowed(SamplingParams(**({"temperature": 0} | params)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, 0.99),
+        (None, 0.99),
+        ({"exit_quality": 0.9}, 0.9),
+        ({"exit_quality": 7}, 1.0),
+        ({"exit_quality": "x"}, 1.0),
+    ],
+)
+def test_a_request_may_ask_for_another_share(asked, expected):
+    params = SamplingParams(temperature=0, extra_args=asked)
+    assert final.quality(params, 0.99) == expected

@@ -6,12 +6,13 @@ import torch
 
 from vllm_accel import ConfigError
 from vllm_accel.free.drafter import FreeDrafter, Stackable
-from vllm_accel.free.exit_head import ExitAdapter, ExitHead
+from vllm_accel.free.exit_head import ExitAdapter, ExitHead, ExitSignals
 from vllm_accel.free.gates import (
     MOST_UPDATES,
     ExitGate,
     LearntThreshold,
     Never,
+    QualityThreshold,
     Threshold,
     make_gate,
 )
@@ -56,6 +57,7 @@ def two(room=(9, 9), rows=(0, 1)):
         room=room,
         positions=[10, 20],
         stop_token_ids=[(), {5}],
+        quality=[0.99, 0.9],
     )
 
 
@@ -172,8 +174,64 @@ def test_the_published_estimator_is_frozen_after_so_many_sequences():
     assert gate.updates == MOST_UPDATES
 
 
+def served(gate, quality, honesty, tokens=6000):
+    """(share of tokens agreed with, share that exited) of one long answer.
+
+    A shallow choice of confidence c is right with the chance c ** honesty.
+    """
+    draw = np.random.default_rng(0)
+    wrong = exited = given = 0
+    while given < tokens:
+        confidence, agree, drafted = [], [], 0
+        for _ in range(4):
+            sure = float(draw.beta(2, 1))
+            said = two_best(sure, quality)
+            confidence.append(said.confidence.item())
+            agree.append(bool(draw.random() < sure**honesty))
+            if gate.exits(said) != [True]:
+                break
+            drafted += 1
+        gate.learn(Seen("a", drafted, confidence, agree))
+        wrong += agree[:drafted].count(False)
+        exited += drafted
+        given += drafted + 1
+    return 1 - wrong / given, exited / given
+
+
+def two_best(confidence, quality):
+    best = torch.tensor([[(1 + confidence) / 2, (1 - confidence) / 2]])
+    return ExitSignals(best.log(), ["a"], [quality])
+
+
+@pytest.mark.parametrize("honesty", [0.05, 1.0])
+@pytest.mark.parametrize("quality", [0.99, 0.9])
+def test_the_share_of_tokens_asked_for_is_met_whatever_the_text(quality, honesty):
+    agreed, exited = served(QualityThreshold(0.9), quality, honesty)
+    assert agreed > quality - 0.005
+    assert agreed < quality + 0.005 or exited > 0.79, "more could exit"
+    assert exited > 0.02
+
+
+def test_a_text_that_is_easier_or_asks_for_less_exits_more():
+    shares = [served(QualityThreshold(0.9), q, h)[1] for q, h in ((0.99, 1), (0.9, 1))]
+    easy = served(QualityThreshold(0.9), 0.99, 0.05)[1]
+    assert shares[0] < shares[1]
+    assert shares[0] < easy
+
+
+def test_requests_that_ask_for_different_shares_have_thresholds_of_their_own():
+    gate = QualityThreshold(0.5)
+    said = ExitSignals(torch.zeros(2, 4), ["a", "b"], [0.99, 0.9])
+    gate.exits(said)
+    gate.learn(Seen("a", 2, [0.9, 0.9], [False, True]))
+    assert gate.log_odds[0.99] > gate.log_odds[0.9]
+    gate.keep_only({"b"})
+    gate.learn(Seen("b", 1, [0.9], [True]))
+    assert gate.log_odds[0.9] < 0
+
+
 @pytest.mark.parametrize(
-    "name", ["goodput", "beta_mixture", "threshold", "always", "never"]
+    "name", ["goodput", "quality", "beta_mixture", "threshold", "always", "never"]
 )
 def test_a_name_makes_a_gate(name):
     gate = make_gate(name, draft_tokens=4, threshold=0.5)

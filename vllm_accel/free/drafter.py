@@ -28,6 +28,8 @@ class Stackable(Decoding):
     """Index in the sequence of the token in `next_tokens`."""
     stop_token_ids: Sequence[Container[int]]
     """Tokens that end the request."""
+    quality: Sequence[float]
+    """Share of its tokens that the deep layers should agree with."""
 
 
 class FreeDrafter:
@@ -61,8 +63,9 @@ class FreeDrafter:
         """
         began = time.perf_counter()
         self._open(step, report, may_draft)
+        quality = dict(zip(step.req_ids, step.quality, strict=True))
         while rows := self.stacks.next_rows():
-            self._shallow_step(rows, shallow)
+            self._shallow_step(rows, [quality[one] for one in rows.req_ids], shallow)
             report.shallow_steps += 1
             report.shallow_rows += len(rows.req_ids)
         drafts = [self.stacks.drafts(req_id) for req_id in step.req_ids]
@@ -88,9 +91,12 @@ class FreeDrafter:
                 step.stop_token_ids[i],
             )
 
-    def _shallow_step(self, rows: ShallowRows, shallow: Shallow) -> None:
+    def _shallow_step(
+        self, rows: ShallowRows, quality: Sequence[float], shallow: Shallow
+    ) -> None:
         states = shallow(rows)
-        said = ExitSignals(self._head.logits(exit_states(states)), rows.req_ids)
+        logits = self._head.logits(exit_states(states))
+        said = ExitSignals(logits, rows.req_ids, quality)
         exits = self._gate.exits(said)
         confidence = said.confidence.tolist()
         self.stacks.push(rows, states, said.token_ids.tolist(), confidence, exits)

@@ -92,10 +92,13 @@ class ExitSignals:
         self,
         logits: Tensor,  # [num_reqs, vocab] of the exit head
         req_ids: Sequence[str] = (),
+        quality: Sequence[float] = (),
     ) -> None:
         self._logits = logits
         self.req_ids = req_ids
         """Per request, its id."""
+        self.quality = quality
+        """Per request, the share of its tokens that the deep layers should agree with."""
 
     def __len__(self) -> int:
         return int(self._logits.shape[0])

@@ -53,7 +53,7 @@ def with_exit(config: FreeConfig, model_config: Any) -> FreeConfig:
             f"1..{num_layers - 1}; a quarter of the layers is a good start."
         )
     chosen = threshold if config.threshold is None else config.threshold
-    gate = config.gate or ("threshold" if config.mode == "exit" else "goodput")
+    gate = config.gate or ("quality" if config.mode == "exit" else "goodput")
     make_gate(gate, draft_tokens=config.num_speculative_tokens, threshold=chosen)
     return dataclasses.replace(config, exit_layer=exit_layer, threshold=chosen, gate=gate)
 

@@ -8,6 +8,9 @@ from torch import Tensor
 OPT_OUT = "early_exit"
 """`SamplingParams(extra_args={"early_exit": False})`: this request's tokens go through
 all layers."""
+QUALITY = "exit_quality"
+"""`extra_args={"exit_quality": 0.95}`: share of its tokens that all layers should agree
+with."""
 
 
 def only_drafts(
@@ -20,6 +23,17 @@ def only_drafts(
     logits[rows.long()] = -torch.inf
     logits[rows.long(), token_ids.long()] = 0.0
     return logits
+
+
+def quality(params: Any, usual: float) -> float:
+    """What a request asks for, 1.0 where that is no share of its tokens.
+
+    Args:
+        usual: of requests that do not say.
+    """
+    asked = (params.extra_args or {}).get(QUALITY, usual)
+    is_share = isinstance(asked, float) and 0 < asked < 1
+    return asked if is_share else 1.0
 
 
 def allowed(params: Any) -> bool:

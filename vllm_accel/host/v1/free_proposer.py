@@ -42,6 +42,7 @@ class FreeProposer:
             dtype=self._dtype,
         )
         self.drafts_are_final = config.mode == "exit"
+        self.exit_quality = config.exit_quality
         self._decoder: Decoder | None = None
         self._drafter: FreeDrafter | None = None
 

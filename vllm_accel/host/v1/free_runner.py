@@ -89,7 +89,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             [] if spec_decode_metadata is None else spec_decode_metadata.num_draft_tokens
         )
         if any(drafts) and self.drafter.drafts_are_final:
-            said = self.sampler.greedy_sample(logits).tolist()
+            said = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
             rows = [0, *accumulate(1 + n for n in drafts)]
             self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]
             logits = final.only_drafts(
@@ -124,9 +124,13 @@ class FreeRunnerMixin(DraftingRunnerMixin):
     def _room(self, i: int) -> int:
         """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
         params = self.requests[self.input_batch.req_ids[i]].sampling_params
-        if self.drafter.drafts_are_final and not final.allowed(params):
+        if self.drafter.drafts_are_final and not self._may_be_final(params):
             return 0
         return super()._room(i)
+
+    def _may_be_final(self, params: Any) -> bool:
+        asked = final.quality(params, self.drafter.exit_quality)
+        return asked < 1 and final.allowed(params)
 
     def _draft(
         self,
@@ -146,6 +150,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             room=self._rooms(sampled_token_ids),
             positions=[self._num_tokens(i) - 1 for i in range(len(rows))],
             stop_token_ids=[one.all_stop_token_ids for one in params],
+            quality=[final.quality(one, self.drafter.exit_quality) for one in params],
         )
         return self.drafter.propose(
             step, self._shallow_step, self._report, may_draft=orders.may_draft
