@@ -155,6 +155,10 @@ class FreeConfig(_Settings):
     """For the gate "quality": share of a request's tokens that all layers should agree
     with. `extra_args={"exit_quality": 0.95}` says it for one request."""
 
+    rollback: float | None = None
+    """In mode "exit", nats (-ln p by all layers) above which a draft is taken back, with
+    all that follow it. None: never."""
+
     run_ahead: bool = True
     """Queue a step before the one before has ended, as vLLM does on GPUs. Off: wait for
     every step."""
@@ -174,6 +178,7 @@ class FreeConfig(_Settings):
         _check_type(self, "gate", str, None)
         _check_type(self, "threshold", float, int, None)
         _check_type(self, "exit_quality", float, int)
+        _check_type(self, "rollback", float, int, None)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
@@ -197,6 +202,11 @@ class FreeConfig(_Settings):
             raise ConfigError(
                 f"free.threshold={self.threshold} is out of range: expected 0..1; leave it "
                 "out to use the exit's own."
+            )
+        if self.rollback is not None and not self.rollback >= 0:
+            raise ConfigError(
+                f"free.rollback={self.rollback} is out of range: expected a number of nats "
+                "from 0 up; leave it out to take no draft back."
             )
         if not 0 < self.exit_quality < 1:
             raise ConfigError(

@@ -19,13 +19,16 @@ from vllm_accel.cerberus import checkpoint
 from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.free import checkpoint as exits
 from vllm_accel.free.exit_head import ExitAdapter, ExitSignals
-from vllm_accel.free.gates import LearntThreshold, QualityThreshold, Threshold
+from vllm_accel.free.gates import LearntThreshold, Threshold
+from vllm_accel.free.quality import ExitQuality
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.beta_mixture import INITIAL_THRESHOLD
 from vllm_accel.gating.cost import StepShape
 from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
 from vllm_accel.on_disk import base_model
+
+_DRAFT_TOKENS = 4
 
 
 class RandomGate:
@@ -86,7 +89,7 @@ class RandomExitGate(Threshold):
         return self._random.random() < 0.875
 
 
-class RecordingQuality(QualityThreshold):
+class RecordingQuality(ExitQuality):
     """For free: the gate `quality` that writes what it learns to `ACCEL_RECORD`.
 
     JSON lines, one a stack: {"drafted", "agree", "quality", "beta_mixture"}, the latter
@@ -94,7 +97,7 @@ class RecordingQuality(QualityThreshold):
     """
 
     def __init__(self) -> None:
-        super().__init__(INITIAL_THRESHOLD)
+        super().__init__(_DRAFT_TOKENS, INITIAL_THRESHOLD)
         self._published = LearntThreshold()
         self._record = _Record()
 

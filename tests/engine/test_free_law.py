@@ -68,17 +68,25 @@ def plain(generate, cut):
     return run
 
 
-def test_final_drafts_are_those_of_the_published_algorithm(generate, cut):
+@pytest.mark.parametrize("rollback", [None, 3.0])
+def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, rollback):
     prompts = [batch["prompts"][0] for batch in law_batches()[:2]]
     free = {"method": "free", "mode": "exit", "threshold": 0.3, "exit_layer": 3}
+    free |= {"gate": "threshold", "rollback": rollback}
     arguments = {"model": cut[0], **FLOAT, **ROOMY, **TINY, "speculative_config": free}
     batch = {"prompts": prompts, "sampling": [greedy(64), greedy(64)]}
     found = generate(arguments, [batch])
     model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
+    taken_back = 0
     for prompt, answer in zip(prompts, found["batches"][0], strict=True):
-        published = Free(TransformersLayers(model), 3, "exit", 0.3, cap=4)
-        expected = published.generate(prompt, 64).token_ids
+        published = Free(
+            TransformersLayers(model), 3, "exit", 0.3, cap=4, rollback=rollback
+        )
+        said = published.generate(prompt, 64)
+        taken_back += sum(said.drafted) - sum(said.kept)
+        expected = said.token_ids
         assert answer["token_ids"][:-1] == expected[:-1]  # our last token is the deep one
+    assert (taken_back > 0) == (rollback is not None)
     metrics = found["metrics"]
     assert (
         metrics["vllm:accel_final_tokens"] > metrics["vllm:accel_final_agreed_tokens"] > 0

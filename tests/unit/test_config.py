@@ -65,6 +65,7 @@ EVERY_KEY_OF_FREE = {
     "gate": "threshold",
     "threshold": 0.5,
     "exit_quality": 0.9,
+    "rollback": 4.0,
     "run_ahead": False,
     "check_base": False,
 }

@@ -17,6 +17,15 @@ def test_a_row_with_a_draft_allows_nothing_else():
     assert torch.equal(shown[[0, 3, 4]], logits[[0, 3, 4]])
 
 
+def test_drafts_stand_up_to_the_first_surprise_of_each_request():
+    logits = torch.zeros(7, 4)
+    logits[[1, 2, 4, 5], [0, 1, 2, 3]] = 9.0
+    rows, token_ids = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 3, 1, 2, 3])
+    stands = final.standing(logits, rows, token_ids, [0, 3, 2], 2.0)
+    assert stands.tolist() == [True, False, False, True, True]
+    assert final.standing(logits, rows, token_ids, [0, 3, 2], None).all()
+
+
 def test_a_plainly_greedy_request_may():
     assert final.allowed(SamplingParams(temperature=0, max_tokens=9, stop=["x"]))
 

@@ -12,10 +12,10 @@ from vllm_accel.free.gates import (
     ExitGate,
     LearntThreshold,
     Never,
-    QualityThreshold,
     Threshold,
     make_gate,
 )
+from vllm_accel.free.quality import ExitQuality
 from vllm_accel.free.resume import split
 from vllm_accel.free.stack import ExitStacks, Seen
 from vllm_accel.speculate import AHEAD, NO_ROOM, StepReport
@@ -206,28 +206,28 @@ def two_best(confidence, quality):
 @pytest.mark.parametrize("honesty", [0.05, 1.0])
 @pytest.mark.parametrize("quality", [0.99, 0.9])
 def test_the_share_of_tokens_asked_for_is_met_whatever_the_text(quality, honesty):
-    agreed, exited = served(QualityThreshold(0.9), quality, honesty)
+    agreed, exited = served(ExitQuality(4, 0.9), quality, honesty)
     assert agreed > quality - 0.005
     assert agreed < quality + 0.005 or exited > 0.79, "more could exit"
     assert exited > 0.02
 
 
 def test_a_text_that_is_easier_or_asks_for_less_exits_more():
-    shares = [served(QualityThreshold(0.9), q, h)[1] for q, h in ((0.99, 1), (0.9, 1))]
-    easy = served(QualityThreshold(0.9), 0.99, 0.05)[1]
+    shares = [served(ExitQuality(4, 0.9), q, h)[1] for q, h in ((0.99, 1), (0.9, 1))]
+    easy = served(ExitQuality(4, 0.9), 0.99, 0.05)[1]
     assert shares[0] < shares[1]
     assert shares[0] < easy
 
 
 def test_requests_that_ask_for_different_shares_have_thresholds_of_their_own():
-    gate = QualityThreshold(0.5)
+    gate = ExitQuality(4, 0.5)
     said = ExitSignals(torch.zeros(2, 4), ["a", "b"], [0.99, 0.9])
     gate.exits(said)
     gate.learn(Seen("a", 2, [0.9, 0.9], [False, True]))
-    assert gate.log_odds[0.99] > gate.log_odds[0.9]
+    assert gate.threshold_of("a") > gate.threshold_of("b") == 0.5
     gate.keep_only({"b"})
     gate.learn(Seen("b", 1, [0.9], [True]))
-    assert gate.log_odds[0.9] < 0
+    assert gate.threshold_of("b") < 0.5
 
 
 @pytest.mark.parametrize(

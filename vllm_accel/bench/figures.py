@@ -12,7 +12,15 @@ from matplotlib.ticker import NullLocator
 from vllm_accel.bench.results import Document, Row, is_prefill
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#F0E442",
+)
 _BAND = "#bbbbbb"
 _INCHES = (4.2, 3.4)
 _COLUMNS = 2
@@ -52,7 +60,7 @@ _DECODE = _Kind(
     "plain",
     "batch size",
     "tokens/s over plain vLLM",
-    ("cerberus", "free", "medusa", "ngram", "suffix"),
+    ("cerberus", "free", "medusa", "ngram", "suffix", "free-exit", "free-always"),
 )
 _PREFILL = _Kind(
     "prompt_length",

@@ -5,8 +5,6 @@ the members of `ExitGate` and name it by its dotted path:
 `"gate": "my_package.my_module:MyGate"`; it is made without arguments.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any, Protocol, runtime_checkable
@@ -16,14 +14,11 @@ import numpy as np
 from vllm_accel.errors import ConfigError
 from vllm_accel.free.exit_head import ExitSignals
 from vllm_accel.free.goodput import ExitGoodput
+from vllm_accel.free.quality import ExitQuality
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.beta_mixture import BetaMixture
 from vllm_accel.gating.cost import StepShape
 
-QUALITY_RATE = 0.5
-"""Log odds a wrong token moves the gate `quality`."""
-MOST_LOG_ODDS = 10.0
-"""The gate `quality` goes no further: from there it has to find back."""
 MOST_UPDATES = 300
 """Of the learnt threshold, one per sequence; frozen after that (FREE's code, for T5)."""
 
@@ -107,53 +102,6 @@ class Never(Threshold):
         return [False] * len(req_ids)
 
 
-class QualityThreshold(Threshold):
-    """Steers the threshold so that the deep layers agree with as many tokens as asked.
-
-    One threshold for each share asked for, moved after every stack by how many tokens it
-    got wrong less how many it might have: adaptive conformal inference (arXiv 2106.00170),
-    in log odds of the confidence. Over a long run the share is met whatever the text.
-
-    Args:
-        threshold: where every share begins.
-    """
-
-    def __init__(self, threshold: float) -> None:
-        super().__init__(threshold, "quality")
-        self._begin = min(MOST_LOG_ODDS, _log_odds(threshold))
-        self.log_odds: defaultdict[float, float] = defaultdict(lambda: self._begin)
-        """By share asked for, the threshold."""
-        self._quality: dict[str, float] = {}
-
-    def exits(self, said: ExitSignals) -> list[bool]:
-        """See `ExitGate.exits`."""
-        self._quality.update(zip(said.req_ids, said.quality, strict=True))
-        asked = zip(said.confidence.tolist(), said.quality, strict=True)
-        return [_log_odds(sure) > self.log_odds[quality] for sure, quality in asked]
-
-    def learn(self, seen: Seen) -> None:
-        """See `ExitGate.learn`; the token behind the drafts is the deep layers' own."""
-        quality = self._quality[seen.req_id]
-        wrong = seen.agree[: seen.drafted].count(False)
-        off = wrong - (1 - quality) * (seen.drafted + 1)
-        moved = self.log_odds[quality] + QUALITY_RATE * off
-        self.log_odds[quality] = min(MOST_LOG_ODDS, max(-MOST_LOG_ODDS, moved))
-
-    def threshold_of(self, req_id: str) -> float:
-        """The confidence above which a request exits now."""
-        return 1 / (1 + math.exp(-self.log_odds[self._quality[req_id]]))
-
-    def keep_only(self, req_ids: Container[str]) -> None:
-        """See `ExitGate.keep_only`."""
-        for req_id in [known for known in self._quality if known not in req_ids]:
-            del self._quality[req_id]
-
-
-def _log_odds(confidence: float) -> float:
-    sure = min(1 - 1e-6, max(1e-6, confidence))
-    return math.log(sure / (1 - sure))
-
-
 class LearntThreshold(Threshold):
     """FREE's estimator: the threshold is learnt from stacks that drafted, as published.
 
@@ -204,7 +152,7 @@ def make_gate(name: str, *, draft_tokens: int, threshold: float) -> ExitGate:
         "goodput": lambda: ExitGoodput(draft_tokens),
         "beta_mixture": LearntThreshold,
         "threshold": lambda: Threshold(threshold),
-        "quality": lambda: QualityThreshold(threshold),
+        "quality": lambda: ExitQuality(draft_tokens, threshold),
         "always": lambda: Threshold(-1.0, "always"),
         "never": Never,
     }

@@ -93,11 +93,7 @@ class ExitGoodput:
     def exits(self, said: ExitSignals) -> list[bool]:
         """[num_reqs] True where the shallow choice is worth a row of the deep layers."""
         step = self._step
-        if not step.noted:  # here: a step with no room behind it asks and does not
-            self._loads[step.requests.bit_length()].note(True, step.trying)
-            step.noted = True
-        step.shallow_steps += 1
-        step.shallow_rows += len(said)
+        self._begin_shallow_step(said)
         chances = self._chances(said).tolist()
         for req_id, chance in zip(said.req_ids, chances, strict=True):
             step.survival[req_id] = step.survival.get(req_id, 1.0) * chance
@@ -105,6 +101,14 @@ class ExitGoodput:
         exits = [step.survival[req_id] > least for req_id in said.req_ids]
         step.drafted += sum(exits)
         return exits
+
+    def _begin_shallow_step(self, said: ExitSignals) -> None:
+        step = self._step
+        if not step.noted:  # here: a step with no room behind it asks and does not
+            self._loads[step.requests.bit_length()].note(True, step.trying)
+            step.noted = True
+        step.shallow_steps += 1
+        step.shallow_rows += len(said)
 
     def goes_on(self, req_ids: Sequence[str]) -> bool:
         """Whether one more shallow step of these gives more than its time is worth."""

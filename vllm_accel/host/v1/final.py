@@ -1,9 +1,12 @@
 """Drafts that the deep layers do not correct: FREE's mode "exit"."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vllm_accel.free.stack import first_to_undo
 
 OPT_OUT = "early_exit"
 """`SamplingParams(extra_args={"early_exit": False})`: this request's tokens go through
@@ -11,6 +14,31 @@ all layers."""
 QUALITY = "exit_quality"
 """`extra_args={"exit_quality": 0.95}`: share of its tokens that all layers should agree
 with."""
+
+
+def standing(
+    logits: Tensor,  # [rows, vocab]
+    rows: Tensor,  # [drafts] of each draft, the row that says what stands in its place
+    token_ids: Tensor,  # [drafts]
+    num_drafts: Sequence[int],  # per request, whose drafts stand together
+    limit: float | None,
+) -> Tensor:
+    """[drafts] bool: False from a request's first draft on that surprises the layers.
+
+    Args:
+        limit: nats, see `FreeConfig.rollback`.
+    """
+    stands = torch.ones(len(rows), dtype=torch.bool)
+    if limit is None:
+        return stands
+    chances = logits[rows.long()].float().log_softmax(dim=-1)
+    surprise = -chances.gather(1, token_ids.long()[:, None])[:, 0]
+    first = 0
+    for own in surprise.split(list(num_drafts)):
+        undone = first_to_undo(own.tolist(), limit)
+        stands[first + (len(own) if undone is None else undone) : first + len(own)] = False
+        first += len(own)
+    return stands
 
 
 def only_drafts(

@@ -43,6 +43,7 @@ class FreeProposer:
         )
         self.drafts_are_final = config.mode == "exit"
         self.exit_quality = config.exit_quality
+        self.rollback = config.rollback
         self._decoder: Decoder | None = None
         self._drafter: FreeDrafter | None = None
 

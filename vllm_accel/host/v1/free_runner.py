@@ -92,12 +92,17 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             said = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
             rows = [0, *accumulate(1 + n for n in drafts)]
             self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]
-            logits = final.only_drafts(
-                logits,
-                spec_decode_metadata.target_logits_indices,
-                spec_decode_metadata.draft_token_ids,
-            )
+            logits = self._with_drafts_final(logits, drafts, spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
+
+    def _with_drafts_final(
+        self, logits: Tensor, num_drafts: Sequence[int], spec_decode_metadata: Any
+    ) -> Tensor:
+        rows = spec_decode_metadata.target_logits_indices
+        token_ids = spec_decode_metadata.draft_token_ids
+        limit = self.drafter.rollback
+        stand = final.standing(logits, rows, token_ids, num_drafts, limit)
+        return final.only_drafts(logits, rows[stand], token_ids[stand])
 
     def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
         """See `DraftingRunnerMixin._settle`; the gate learns of every stack."""
@@ -112,14 +117,14 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
             seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
-                self._learn_of(seen, scheduled.get(req_id, []))
+                given = len(sampled_token_ids[i]) - 1  # the last one is the deep layers'
+                self._learn_of(seen, min(given, len(scheduled.get(req_id, []))))
 
-    def _learn_of(self, seen: Seen, draft: Sequence[int]) -> None:
+    def _learn_of(self, seen: Seen, final_drafts: int) -> None:
         self.drafter.learn(seen)
         if self.drafter.drafts_are_final:
-            drafted = seen.agree[: len(draft)]
-            self._report.final += len(drafted)
-            self._report.final_agreed += sum(drafted)
+            self._report.final += final_drafts
+            self._report.final_agreed += sum(seen.agree[:final_drafts])
 
     def _room(self, i: int) -> int:
         """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
