@@ -89,6 +89,21 @@ class RandomExitGate(Threshold):
         return self._random.random() < 0.875
 
 
+class OpenQuality(ExitQuality):
+    """For free: the gate `quality`, open whatever it costs, so that no clock decides."""
+
+    def __init__(self) -> None:
+        super().__init__(_DRAFT_TOKENS, INITIAL_THRESHOLD)
+
+    def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
+        """[num_reqs] True."""
+        return [True] * len(req_ids)
+
+    def goes_on(self, req_ids: Sequence[str]) -> bool:
+        """True."""
+        return True
+
+
 class RecordingQuality(ExitQuality):
     """For free: the gate `quality` that writes what it learns to `ACCEL_RECORD`.
 

@@ -95,6 +95,7 @@ def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, rollba
 
 def test_final_drafts_agree_as_often_as_asked_in_bfloat16(generate, cut):
     free = {"method": "free", "mode": "exit", "exit_quality": 0.9, "exit_layer": 3}
+    free |= {"gate": "vllm_accel.testing:OpenQuality"}
     arguments = {"model": cut[0], **BFLOAT, **ROOMY, **TINY, "speculative_config": free}
     eight = law_batches()[2]["prompts"]
     picky = greedy(200, extra_args={"exit_quality": 0.99})
