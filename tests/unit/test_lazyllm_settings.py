@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -108,8 +109,12 @@ def test_a_request_that_asks_for_something_else_is_refused(asked):
         requested_keep({"lazyllm": asked}, num_points=2)
 
 
-def test_one_number_is_reached_by_equal_factors():
-    assert shares(0.25, 2) == (1.0, 0.5, 0.25)
+def test_one_number_is_reached_step_by_step_early_points_pruning_most():
+    assert shares(0.1, 2) == pytest.approx((1.0, 0.196, 0.1), abs=1e-3)
+    four = shares(0.1, 4)
+    assert (four[0], four[-1]) == (1.0, pytest.approx(0.1))
+    factors = [later / earlier for earlier, later in pairwise(four)]
+    assert factors == sorted(factors), "the first point prunes most"
     assert shares((0.6, 0.1), 2) == (1.0, 0.6, 0.1)
 
 

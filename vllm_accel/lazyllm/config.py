@@ -26,10 +26,10 @@ class LazyConfig:
     the depth, as near as whole KV-cache groups allow."""
 
     keep: Keep = 0.1
-    """Share of the prompt, above 0 and at most 1, left after the last pruning point, with
-    equal factors at those before; or the share left after each. 1 prunes nothing. With
-    the default points 0.1 computes 0.47 of a dense prefill's layers, and of its attention
-    0.37."""
+    """Share of the prompt, above 0 and at most 1, left after the last pruning point, and
+    more after those before (see `schedule.shares`); or the share left after each. 1
+    prunes nothing. With the default points 0.1 computes 0.43 of a dense prefill's layers,
+    and of its attention 0.35."""
 
     progressive: bool = True
     """Whether one `keep` is reached step by step over all points. False: at the first, as
@@ -63,7 +63,7 @@ class LazyConfig:
     sink: int = 16
     """Tokens at the start of the prompt always kept; all of their page or pages are."""
 
-    recent: int = 128
+    recent: int = 64
     """Tokens at the end of the prompt always kept; all of their pages are."""
 
     revive: str | None = None
