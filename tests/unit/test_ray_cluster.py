@@ -101,3 +101,11 @@ def test_an_error_inside_the_block_is_not_taken_for_a_missing_cluster(ray):
     with pytest.raises(ValueError, match="ours"), cluster.connected(Where()):
         raise ValueError("ours")
     assert ray.asked["down"]
+
+
+def test_a_cluster_named_by_the_environment_is_somebodys_too(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert Where().cluster == "auto", "what runs there must not be shut down"
+    assert Where(address="other:6379").cluster == "other:6379"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert Where().cluster is None

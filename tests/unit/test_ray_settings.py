@@ -40,6 +40,8 @@ def replicas(**more):
         ({"speculative_config": "cerberos"}, "'cerberos' is not one of"),
         ({"speculative_config": {"method": "cerberus", "gat": 1}}, "did you mean 'gate'"),
         ({"lazyllm": {"kep": 0.5}}, "did you mean 'keep'"),
+        ({"engine_args": {"tensor_parallel_size": "two"}}, "tensor_parallel_size='two'"),
+        ({"lazyllm": {}, "speculative_config": "cerberus"}, "expected one of them"),
         ({"share_gate": True}, "no gate that learns"),
         (
             {
@@ -76,10 +78,9 @@ def test_vllms_own_methods_pass():
 
 def test_methods_ride_in_engine_arguments():
     more = {"additional_config": {"mine": 1}, "max_model_len": 64}
-    lazyllm = {"keep": 0.5}
-    given = replicas(speculative_config="cerberus", lazyllm=lazyllm, engine_args=more)
-    kwargs = given.engine_kwargs()
-    assert kwargs["speculative_config"] == "cerberus"
+    given = replicas(speculative_config="cerberus")
+    assert given.engine_kwargs()["speculative_config"] == "cerberus"
+    kwargs = replicas(lazyllm={"keep": 0.5}, engine_args=more).engine_kwargs()
     assert kwargs["additional_config"] == {"mine": 1, "lazyllm": {"keep": 0.5}}
     assert kwargs["max_model_len"] == 64
     assert more["additional_config"] == {"mine": 1}

@@ -43,10 +43,10 @@ def _add_serve(kinds: "_Commands") -> None:
     add = parser.add_argument
     add("--name", help="what clients call the model; default: what --model says")
     add("--host", default="127.0.0.1", help="default %(default)s")
-    add("--port", type=whole(1), default=8000, help="default %(default)s")
+    add("--port", type=whole(1, 65535), default=8000, help="default %(default)s")
     add(
         "--metrics-port",
-        type=whole(1),
+        type=whole(1, 65535),
         help="of this node's Ray metrics, when this command starts Ray; default: any",
     )
     add(

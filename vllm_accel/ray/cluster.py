@@ -17,13 +17,19 @@ class Where:
     """Which Ray a command uses."""
 
     address: str | None = None
-    """Of a cluster, "auto" for the one of this machine. None: one of our own."""
+    """Of a cluster, "auto" for the one of this machine. None: what `RAY_ADDRESS` says, or
+    one of our own."""
 
     metrics_port: int | None = None
     """Of this node's Ray metrics, when it is our own. None: any."""
 
     logs: bool = True
     """Whether what the engines log is printed here too."""
+
+    @property
+    def cluster(self) -> str | None:
+        """The address of somebody's cluster; None: a Ray of our own."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
@@ -35,7 +41,7 @@ def connected(where: Where) -> Iterator[None]:
     """
     import ray
 
-    address = where.address or os.environ.get("RAY_ADDRESS")
+    address = where.cluster
     try:
         if address is None:
             ray.init(
@@ -51,7 +57,7 @@ def connected(where: Where) -> Iterator[None]:
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UnsupportedHost(
-            f"Ray at {address or 'this machine'} cannot be used ({_last_line(error)}): "
+            f"Ray at {address or 'this machine'} cannot be used ({last_line(error)}): "
             "expected a running cluster; start one with `ray start --head`, or leave "
             "--address out."
         ) from error
@@ -113,6 +119,7 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What a long message ends with."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else repr(error)

@@ -36,7 +36,7 @@ def serve_until_stopped(
         settings = cluster.fitted(settings)
         from ray import serve
 
-        serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
+        _listen(endpoint)
         try:
             _run(app.built(settings))
             cluster.say(
@@ -45,10 +45,24 @@ def serve_until_stopped(
             )
             _wait_for_signal()
         finally:
-            if where.address is None:
+            if where.cluster is None:
                 serve.shutdown()
             else:  # other apps may run there
                 serve.delete(APP)
+
+
+def _listen(endpoint: Endpoint) -> None:
+    from ray import serve
+
+    http_options = {"host": endpoint.host, "port": endpoint.port}
+    try:
+        serve.start(http_options=http_options)
+    except RuntimeError as error:
+        raise AccelError(
+            f"Ray Serve cannot listen at {endpoint.host}:{endpoint.port} "
+            f"({cluster.last_line(error)}): expected a port that nobody uses; take another "
+            "one with --port."
+        ) from error
 
 
 def _run(application: Any) -> None:

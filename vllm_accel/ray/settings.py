@@ -1,6 +1,7 @@
 """What a user says about replicas, checked, and what follows from it for each engine."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ two replicas on two cores wait forever for a third."""
 _MEMORY_SHARE = 0.7
 """Of the machine's memory, for all workers on CPU together; Ray's processes take 3 GB."""
 
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 _OWNED = {
     "model": "model",
     "served_model_name": "name",
@@ -117,9 +119,7 @@ class ReplicaSettings:
     @property
     def workers(self) -> int:
         """Worker processes of one engine."""
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-        tensor, pipeline = (int(self.engine_args.get(size, 1)) for size in sizes)
-        return tensor * pipeline
+        return math.prod(self.engine_args.get(size, 1) for size in _SIZES)
 
     @property
     def worker_threads(self) -> int:
@@ -225,6 +225,13 @@ def _check_engine_args(engine_args: Mapping[str, Any]) -> None:
                 f"ray.engine_args has {key!r}: expected it outside; use {setting!r} of the "
                 "replicas instead."
             )
+    for size in _SIZES:
+        count = engine_args.get(size, 1)
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(
+                f"ray.engine_args has {size}={count!r}: expected a whole number from 1 up; "
+                "correct it."
+            )
 
 
 def _check_methods(
@@ -237,6 +244,11 @@ def _check_methods(
         from vllm_accel.lazyllm.config import LazyConfig
 
         LazyConfig.from_mapping(lazyllm)
+    if lazyllm is not None and speculative_config is not None:
+        raise ConfigError(
+            "ray.lazyllm and ray.speculative_config are both given: expected one of them, "
+            "as lazyllm does not work with speculative decoding yet; leave one out."
+        )
 
 
 def _check_can_share(speculative_config: str | Mapping[str, Any] | None) -> None:
