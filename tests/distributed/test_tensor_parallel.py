@@ -75,10 +75,11 @@ def check_ties(found, expected):
 
 def test_two_ranks_prune_as_one_does_but_for_ties(ask):
     lazy = {"prune_after": [4, 8], "keep": [0.5, 0.25], "min_prompt": 64}
-    lazy |= {"sink": 1, "recent": 1}
-    # Room for all at once: two ranks hold twice as much, and where one waits or is
-    # preempted prompts are cut, and pruned, in other places.
+    # What is kept must not depend on when requests meet: no prompt waits, is cut or is
+    # preempted, and nobody is left out of what a step may bring back.
+    lazy |= {"sink": 1, "recent": 1, "revive_pages": 1000}
     engine = {**FLOAT, "block_size": 32, "kv_cache_memory_bytes": 2**29}
+    engine |= {"max_num_batched_tokens": 8192}
     engine |= {"additional_config": {"lazyllm": lazy}}
     one, two = ask(1, logprobs=2, **engine), ask(2, **engine)
     check_ties(requests(two), requests(one))
