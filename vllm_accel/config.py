@@ -267,7 +267,7 @@ def refusal(method: object) -> str:
         )
     return (
         f"Speculative method {method!r} is not one of vllm_accel's: expected "
-        f"{', '.join(METHODS)}; use one of these, or a method of vLLM's own."
+        f"{', '.join(METHODS)}; use one of these, or a JSON object for vLLM's own."
     )
 
 

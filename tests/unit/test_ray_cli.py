@@ -96,7 +96,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, missing, kind):
     done = python(code, *arguments)
     assert done.returncode == 2, done.stderr
     assert f"need {missing}, which is not installed" in done.stderr
-    assert "pip install 'vllm-accel[ray]'" in done.stderr
+    assert "pip install '.[ray]'" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -1,5 +1,6 @@
 """Finding a Ray, fitting into it, and saying why it did not start; with no Ray at all."""
 
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -66,9 +67,22 @@ def test_a_cluster_is_joined_by_option_or_environment(ray, monkeypatch):
     with cluster.connected(Where(address="auto", metrics_port=8090)):
         assert ray.asked["address"] == "auto"
         assert "_metrics_export_port" not in ray.asked
-    monkeypatch.setenv("RAY_ADDRESS", "node1:6379")
-    with cluster.connected(Where()):
-        assert ray.asked["address"] == "node1:6379"
+    with socket.create_server(("127.0.0.1", 0)) as node:
+        address = f"127.0.0.1:{node.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with cluster.connected(Where()):
+            assert ray.asked["address"] == address
+
+
+def test_an_address_where_nobody_answers_is_said_before_ray_tries(ray):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with (
+        pytest.raises(UnsupportedHost, match=f"Nobody answers at {address}"),
+        cluster.connected(Where(address=address)),
+    ):
+        pass
+    assert "address" not in ray.asked
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(ray):
@@ -78,7 +92,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(ray):
     ray.init = fail
     with (
         pytest.raises(UnsupportedHost, match=r"\(nobody answers\)") as refusal,
-        cluster.connected(Where(address="node1:6379")),
+        cluster.connected(Where(address="auto")),
     ):
         pass
     assert "\n" not in str(refusal.value)

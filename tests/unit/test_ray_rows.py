@@ -143,8 +143,22 @@ def test_a_part_that_was_being_written_does_not_count(tmp_path):
     assert Parts(output, {}).done == {0}
 
 
+def test_a_batch_without_an_answer_may_be_corrected(tmp_path):
+    output = tmp_path / "out.parquet"
+    Parts(output, {"model": "wrong"})
+    Parts(output, {"model": "right"}).add([outcome(0)])
+    assert Parts(output, {"model": "right"}).done == {0}
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Parts(tmp_path / "file" / "out.parquet", {})
+
+
 def test_another_batch_is_not_gone_on_with(tmp_path):
-    Parts(tmp_path / "out.parquet", {"input": "x", "model": "m", "sampling": {}})
+    begun = Parts(tmp_path / "out.parquet", {"input": "x", "model": "m", "sampling": {}})
+    begun.add([outcome(0)])
     with pytest.raises(ConfigError, match=r"another batch \(other input, model\)"):
         Parts(tmp_path / "out.parquet", {"input": "y", "model": "n", "sampling": {}})
 

@@ -176,8 +176,13 @@ def _outcomes(plan: BatchPlan, prompts: Sequence[Prompt]) -> Iterator[Outcome]:
     # An engine takes whole blocks: one block would be one engine's.
     blocks = min(-(-len(rows) // plan.batch_size), _MOST_BLOCKS)
     dataset = ray.data.from_items(rows, override_num_blocks=blocks)
-    for row in processor(dataset).iter_rows():
-        yield outcome_of(row)
+    # Whole blocks, none fetched ahead: rows come when they are answered, not with the
+    # next block's.
+    blocks_done = processor(dataset).iter_batches(
+        batch_size=None, prefetch_batches=0, batch_format="pyarrow"
+    )
+    for table in blocks_done:
+        yield from map(outcome_of, table.to_pylist())
 
 
 def engine_input(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 from vllm_accel.errors import ConfigError, UnsupportedHost
 from vllm_accel.ray.settings import REPLICA_CPUS, ReplicaSettings
+
+_REACHABLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ def connected(where: Where) -> Iterator[None]:
     import ray
 
     address = where.cluster
+    _check_reachable(address)
     try:
         if address is None:
             ray.init(
@@ -65,6 +69,20 @@ def connected(where: Where) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for a quarter of an hour before it says so."""
+    host, colon, port = (address or "").rpartition(":")
+    if not (colon and port.isdigit()) or "://" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
+    except OSError as error:
+        raise UnsupportedHost(
+            f"Nobody answers at {address} ({error}): expected a running cluster's address; "
+            "start one with `ray start --head`, or leave --address out."
+        ) from error
 
 
 def fitted(settings: ReplicaSettings) -> ReplicaSettings:

@@ -21,8 +21,8 @@ def require() -> None:
         if importlib.util.find_spec(name) is None:
             raise AccelError(
                 f"Replicas on Ray need {name}, which is not installed: expected the ray "
-                "extra; run pip install 'vllm-accel[ray]' (not ray[llm], which brings "
-                "another vLLM)."
+                "extra; run pip install '.[ray]' in a clone of vllm-accel (not ray[llm], "
+                "which brings another vLLM)."
             )
     found = version("ray")
     minor = ".".join(found.split(".")[:2])

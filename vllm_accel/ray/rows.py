@@ -161,7 +161,13 @@ class Parts:
     def __init__(self, output: Path, book: Mapping[str, Any]) -> None:
         self._output = output
         self._folder = output.with_name(f"{output.name}.parts")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {output} cannot be written ({error}): expected a file in a "
+                "folder where files can be made; name another."
+            ) from error
         self._check_book(dict(book))
         self._number = 1 + max(map(_number, self._files()), default=0)
         self.done = {row for file in self._files() for row in _rows(file)}
@@ -195,9 +201,12 @@ class Parts:
         return sorted(self._folder.glob("part-*.parquet"))
 
     def _check_book(self, book: dict[str, Any]) -> None:
+        """A batch without an answer yet has not begun."""
         file = self._folder / _BOOK
-        if not file.exists():
-            file.write_text(json.dumps(book, indent=2))
+        if not self._files():
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(book, indent=2))
+            part.replace(file)
             return
         begun = json.loads(file.read_text())
         wrong = sorted(key for key in book if begun.get(key) != book[key])
