@@ -142,7 +142,7 @@ def test_plain_comes_first_whether_named_or_not():
 
 
 def test_an_unknown_method_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"'eagle': .*plain, cerberus, free, medusa"):
+    with pytest.raises(ConfigError, match=r"'eagle': .*plain, cerberus, free, free-exit"):
         methods.decode_arguments(["eagle"], Settings("M"))
 
 
