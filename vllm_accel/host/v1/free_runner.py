@@ -117,7 +117,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
             seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
-                given = len(sampled_token_ids[i]) - 1  # the last one is the deep layers'
+                given = max(0, len(sampled_token_ids[i]) - 1)  # the last one is the deep's
                 self._learn_of(seen, min(given, len(scheduled.get(req_id, []))))
 
     def _learn_of(self, seen: Seen, final_drafts: int) -> None:
