@@ -2,8 +2,8 @@
 
     python examples/threshold_over_time.py MODEL --exit-layer 4 --prompts A.jsonl B.jsonl
 
-Mode `exit`. Draws the threshold of the gate `quality`, which decides, and the one FREE's
-own estimator would have from the same evidence.
+Mode `exit`. Draws the threshold of the gate `quality`, which decides, whatever it costs,
+and the one FREE's own estimator would have from the same evidence.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def draw(parts: list[list[dict]], names: list[str], wanted: float, file: Path) -
     for begin, name in zip(begins, names, strict=False):
         place = at[begin]
         above.axvline(place, color="grey")
-        above.annotate(name, (place, 0.02), xytext=(4, 0), textcoords="offset points")
+        above.text(place, 1.0, f" {name}", transform=above.get_xaxis_transform())
     figure.savefig(file, dpi=100)
 
 

@@ -104,15 +104,15 @@ class OpenQuality(ExitQuality):
         return True
 
 
-class RecordingQuality(ExitQuality):
-    """For free: the gate `quality` that writes what it learns to `ACCEL_RECORD`.
+class RecordingQuality(OpenQuality):
+    """For free: `OpenQuality` that writes what it learns to `ACCEL_RECORD`.
 
     JSON lines, one a stack: {"drafted", "agree", "quality", "beta_mixture"}, the latter
     two thresholds of the confidence: its own, and FREE's from the same evidence.
     """
 
     def __init__(self) -> None:
-        super().__init__(_DRAFT_TOKENS, INITIAL_THRESHOLD)
+        super().__init__()
         self._published = LearntThreshold()
         self._record = _Record()
 
