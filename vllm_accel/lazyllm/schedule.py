@@ -148,8 +148,8 @@ class Schedule:
 def shares(keep: Keep, num_points: int, progressive: bool = True) -> tuple[float, ...]:
     """The share that runs each span; one number is reached step by step, or at once.
 
-    Step by step, early points prune more than equal factors would: with 0.2 and 0.1 as
-    many answers were right as with 0.32 and 0.1, sooner (docs/LOG.md, 2026-11-22).
+    Step by step, early points prune more than equal factors would: 0.2 and 0.1 were
+    not told apart from 0.32 and 0.1 by their answers, and sooner (docs/LOG.md).
     """
     if isinstance(keep, tuple):
         return (1.0, *keep)
