@@ -1,6 +1,6 @@
 """Spans of vLLM's own Llama on vLLM's CPU attention, without an engine around them.
 
-python run_spans.py FOLDER DTYPE EAGER: two requests have a prompt; then five tokens of
+python run_spans.py FOLDER DTYPE eager|compiled: two requests have a prompt; then five tokens of
 each go through the whole model, and, on the same prompts again, through the first layers
 one by one and through the others at once. Prints RESULT and what came out alike.
 """
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from vllm import ir
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -42,6 +43,9 @@ class Model:
         self.config = EngineArgs(
             model=str(model), enforce_eager=eager, dtype=dtype, skip_tokenizer_init=True
         ).create_engine_config()
+        # As vllm/v1/worker/worker_base.py does it: what the compiler sees of a norm.
+        self.config.kernel_config.ir_op_priority.set_default()
+        ir.set_default_torch_wrap(self.config.compilation_config.ir_enable_torch_wrap)
         with set_current_vllm_config(self.config):
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
             initialize_model_parallel(1)

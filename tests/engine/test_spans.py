@@ -9,9 +9,10 @@ pytestmark = pytest.mark.engine
 SCRIPT = Path(__file__).with_name("run_spans.py")
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_going_on_from_kept_states_is_the_whole_model(printed, tmp_path, dtype):
-    for alike in printed([SCRIPT, tmp_path, dtype, "eager"]).values():
+def test_going_on_from_kept_states_is_the_whole_model(printed, tmp_path, dtype, how):
+    for alike in printed([SCRIPT, tmp_path, dtype, how]).values():
         assert alike["deep_layers_untouched"]
         assert alike["states"]
         assert alike["cache"]

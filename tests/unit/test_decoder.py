@@ -71,6 +71,7 @@ def made(mode=CompilationMode.NONE, layer=Layer, seed=0):
     config = SimpleNamespace(
         compilation_config=compilation,
         model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH, dtype=torch.float32),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
     return model.model, Decoder(model, config)
 

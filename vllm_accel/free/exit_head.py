@@ -61,6 +61,7 @@ class ExitHead:
         adapter: in the model's dtype, on its device.
         norm: [n, hidden_size] -> the same, the model's final norm.
         lm_head: [n, hidden_size] -> [n, vocab], whatever the model makes logits with.
+        dtype: the model's; None where states come in it already.
     """
 
     def __init__(
@@ -68,13 +69,17 @@ class ExitHead:
         adapter: ExitAdapter,
         norm: Callable[[Tensor], Tensor],
         lm_head: Callable[[Tensor], Tensor],
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self._dtype = dtype
         self.adapter = adapter
         self.normed = norm
         self.lm_head = lm_head
 
     def states(self, exit_states: Tensor) -> Tensor:
         """[n, hidden_size] after the final norm, of states [n, hidden_size] before it."""
+        if self._dtype is not None:
+            exit_states = exit_states.to(self._dtype)
         return self.normed(self.adapter(exit_states))
 
     def logits(

@@ -20,7 +20,8 @@ from vllm_accel.spans import Span
 Between = tuple[Tensor, Tensor | None]
 """What one layer hands to the next: hidden states and residual, [n, hidden_size] both.
 
-Their sum is the state after the layer. Kept apart they are exact to the bit.
+Their sum is the state after the layer. Kept apart, the residual as `residual_dtype` says,
+they are exact to the bit.
 """
 
 _CALL = ("positions", "hidden_states", "residual")
@@ -49,12 +50,13 @@ class Decoder:
         self._units: dict[Span, Callable[..., Between]] = {}
         self.num_layers = len(self._inner.layers)
         self.hidden_size: int = vllm_config.model_config.get_hidden_size()
+        self.residual_dtype = residual_dtype(vllm_config)
 
     def run(
         self,
         span: Span,
         hidden: Tensor,  # [n, hidden_size], contiguous; [n] int32 token ids at layer 0
-        residual: Tensor | None,  # [n, hidden_size], contiguous; None at layer 0
+        residual: Tensor | None,  # [n, hidden_size] `residual_dtype`; None at layer 0
         positions: Tensor,  # [n] int64
     ) -> Between:
         """What the span's last layer hands on; see the class for its two ends."""
@@ -71,7 +73,7 @@ class Decoder:
 
         Not compiled: attention is most of it, and nothing else of the layer is run.
         """
-        whole = hidden if residual is None else hidden + residual
+        whole = hidden if residual is None else (hidden + residual).to(hidden.dtype)
         module = self._inner.layers[layer]
         module.self_attn(positions=positions, hidden_states=module.input_layernorm(whole))
 
@@ -93,7 +95,8 @@ class Decoder:
     def _make_unit(self, span: Span) -> Callable[..., Between]:
         embed = None if span.first else self._inner.embed_input_ids
         norm = self._inner.norm if span.stop == self.num_layers else None
-        run = _through(list(self._inner.layers)[span.first : span.stop], embed, norm)
+        layers = list(self._inner.layers)[span.first : span.stop]
+        run = _through(layers, embed, norm, self.residual_dtype)
         config = self._vllm_config.compilation_config
         if config.mode == CompilationMode.NONE:
             return run
@@ -109,7 +112,7 @@ class Decoder:
         if span.first:
             dtype = self._vllm_config.model_config.dtype
             hidden = torch.zeros(_WARM_UP_ROWS, self.hidden_size, dtype=dtype)
-            residual = torch.zeros_like(hidden)
+            residual = torch.zeros_like(hidden, dtype=self.residual_dtype)
         for rows in (hidden, residual, positions):
             if rows is not None:
                 torch._dynamo.mark_dynamic(rows, 0)
@@ -118,15 +121,33 @@ class Decoder:
             unit(hidden, residual, positions)
 
 
+def residual_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """What residuals are handed on in, so that two spans are what one is.
+
+    Layers round their residual to the model's type. Compiled together they never do: the
+    compiler drops a rounding whose result is added to at once. So the end of a compiled
+    span must not round either.
+    """
+    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    if compiled and vllm_config.device_config.device_type == "cpu":
+        return torch.float32
+    return vllm_config.model_config.dtype
+
+
 def _through(
-    layers: Sequence[nn.Module], embed: Callable[[Tensor], Tensor] | None, norm: Any
+    layers: Sequence[nn.Module],
+    embed: Callable[[Tensor], Tensor] | None,
+    norm: Any,
+    residual_dtype: torch.dtype,
 ) -> Callable[..., Between]:
     def run(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Between:
         if embed is not None:
             hidden = embed(hidden)
         for layer in layers:
             hidden, residual = layer(positions, hidden, residual)
-        return (hidden, residual) if norm is None else (norm(hidden, residual)[0], None)
+        if norm is None:
+            return hidden, residual.to(residual_dtype)
+        return norm(hidden, residual)[0], None
 
     # The compiler keeps what it made by code object, and is told to check nothing else.
     run.__code__ = run.__code__.replace(co_name=f"run_{id(layers)}")

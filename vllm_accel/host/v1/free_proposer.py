@@ -14,7 +14,7 @@ from vllm_accel.free.exit_head import ExitAdapter, ExitHead
 from vllm_accel.free.gates import make_gate
 from vllm_accel.free.stack import ExitStacks, Seen
 from vllm_accel.host import carrier
-from vllm_accel.host.decoder import Decoder
+from vllm_accel.host.decoder import Decoder, residual_dtype
 from vllm_accel.host.exits import folder_of
 from vllm_accel.host.report import StepTime
 from vllm_accel.spans import Span
@@ -39,7 +39,7 @@ class FreeProposer:
             cap=config.num_speculative_tokens,
             max_reqs=vllm_config.scheduler_config.max_num_seqs,
             state_width=2 * vllm_config.model_config.get_hidden_size(),
-            dtype=self._dtype,
+            dtype=residual_dtype(vllm_config),
         )
         self.drafts_are_final = config.mode == "exit"
         self.exit_quality = config.exit_quality
@@ -56,7 +56,7 @@ class FreeProposer:
         decoder = Decoder(target, self._vllm_config)
         exit_layer = self._config.exit_layer
         self._spans = Span(0, decoder.num_layers).split(exit_layer)
-        head = ExitHead(self._adapter(), decoder.norm, target.compute_logits)
+        head = ExitHead(self._adapter(), decoder.norm, target.compute_logits, self._dtype)
         self._decoder = decoder
         self._drafter = FreeDrafter(self.stacks, head, self._gate)
         logger.info("free: exit after %d of %d layers", exit_layer, decoder.num_layers)

@@ -34,7 +34,8 @@ class Rows:
         back = len(stream) - len(self.positions)
         residual = self.residual
         if residual is not None and back:
-            residual = torch.cat([residual, torch.zeros_like(stream.hidden[-back:])])
+            none = residual.new_zeros(back, residual.shape[1])
+            residual = torch.cat([residual, none])
         return Rows(stream.hidden, residual, stream.positions)
 
     def leaving(self, step: Step, k: int, importance: Mapping[str, Tensor]) -> "Rows":
