@@ -1,8 +1,9 @@
 """Spans of vLLM's own Llama on vLLM's CPU attention, without an engine around them.
 
-python run_spans.py FOLDER DTYPE eager|compiled: two requests have a prompt; then five tokens of
-each go through the whole model, and, on the same prompts again, through the first layers
-one by one and through the others at once. Prints RESULT and what came out alike.
+python run_spans.py FOLDER DTYPE eager|compiled: two requests have a prompt; then five
+tokens of each go through the whole model, and, on the same prompts again, through the
+first layers one by one and through the others at once. Prints RESULT and what came out
+alike.
 """
 
 import json
