@@ -23,6 +23,7 @@ from vllm_accel.cerberus.heads import CerberusHeads
 from vllm_accel.training import data, evaluate
 from vllm_accel.training.cross_entropy import frozen_linear_cross_entropy
 from vllm_accel.training.model import HEAD_WEIGHT_DECAY, FrozenBaseWithHeads, targets
+from vllm_accel.training.precision import fast_dtype
 
 SHAPES = {
     "J=1 (Medusa)": {"blocks": 1, "cross_links": False},
@@ -54,15 +55,19 @@ def states_and_targets(model: FrozenBaseWithHeads, rows: list[data.Row], heads: 
     return torch.cat(states), torch.cat(after), torch.cat(wanted, dim=1)
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() == torch.bfloat16)
+
+
 def loss_of(heads: CerberusHeads, states, after, wanted, weight) -> torch.Tensor:
     total = torch.zeros(())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         said = heads(states, after)
     for i, (own, target) in enumerate(zip(said, wanted, strict=True)):
         if heads.lm_heads is None:
             loss = frozen_linear_cross_entropy(own, weight, target)
         else:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with autocast():
                 logits = linear(own, heads.lm_heads[i])
             loss = cross_entropy(logits.float(), target)
         total = total + HEAD_WEIGHT_DECAY**i * loss
@@ -85,7 +90,7 @@ def train(heads: CerberusHeads, states, after, wanted, weight) -> None:
 @torch.inference_mode()
 def accepted_by_drafts(heads: CerberusHeads, states, after, wanted, weight) -> list[float]:
     """Accepted drafts a step when the first K heads draft, for each K."""
-    heads.to(torch.bfloat16)
+    heads.to(weight.dtype)
     run = partial(linear, weight=weight)
     drafts = torch.cat(
         [
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("--draft-tokens", type=int, default=6)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=fast_dtype())
     none = CerberusHeads(draft_tokens=1, blocks=1, hidden_size=base.config.hidden_size)
     model, count = FrozenBaseWithHeads(base, none), args.draft_tokens
     rows = data.read_rows([args.continuations], None, 512)

@@ -1,11 +1,14 @@
 """LazyLLM in the engine: plain where nothing is pruned, the reference where it is."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from lazyllm_reference import Reference
 from llama_layers import LlamaLayers
 
-from vllm_accel.testing import write_tiny_model
+from vllm_accel.testing import write_tiny_model, write_untrained_heads
 
 pytestmark = pytest.mark.engine
 
@@ -162,14 +165,57 @@ def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model):
     assert found["metrics"]["vllm:num_preemptions"] > 0
 
 
+@pytest.fixture(scope="module")
+def drafts(model, tmp_path_factory):
+    """Cerberus with heads that repeat the next token."""
+    heads = write_untrained_heads(tmp_path_factory.mktemp("heads"), Path(model))
+    return {"speculative_config": {"method": "cerberus", "model": str(heads)}}
+
+
+def with_gate(drafts, gate):
+    return {"speculative_config": drafts["speculative_config"] | {"gate": gate}}
+
+
+@pytest.mark.parametrize("gate", ["always", "vllm_accel.testing:CoinGate"])
+def test_drafts_change_no_token_where_no_page_comes_back(generate, model, drafts, gate):
+    asked = [batch(*MIXED, max_tokens=60), batch(prompt(427), max_tokens=90)]
+    arguments = {"model": model, **ENGINE, **lazily(**HALF, revive="off")}
+    alone = generate(arguments, asked)
+    both = generate(arguments | with_gate(drafts, gate), asked)
+    assert tokens(both) == tokens(alone)
+    metrics = both["metrics"]
+    assert metrics["vllm:accel_drafted_tokens"] > metrics["vllm:accel_accepted_tokens"] > 0
+    for state in ("parked", "given_back"):
+        parked = [counted(result, "prompt_pages", state) for result in (both, alone)]
+        assert parked[0] == parked[1] > 0
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_drafts_beside_revivals_leave_dense_requests_plains(
+    generate, model, drafts, processes
+):
+    asked = {
+        "prompts": MIXED,
+        "sampling": [greedy(60, extra_args={"lazyllm": 1.0 - i % 2}) for i in range(6)],
+    }
+    arguments = {"model": model, **ENGINE, **TIGHT}
+    plain = tokens(generate(arguments, [asked]))[0]
+    pruning = arguments | lazily(**HALF, revive_pages=4) | with_gate(drafts, "always")
+    found = generate(pruning, [batch(*MIXED, max_tokens=60), asked], processes=processes)
+    assert [len(said) for said in tokens(found)[0]] == [60] * 6
+    assert tokens(found)[1] == plain
+    assert found["metrics"]["vllm:num_preemptions"] > 0
+    assert found["metrics"]["vllm:accel_accepted_tokens"] > 0
+    assert counted(found, "prompt_pages", "revived") > 0
+
+
 POOL = """
 import json, random, sys
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
-    model, engine, settings = sys.argv[1], *map(json.loads, sys.argv[2:])
-    llm = LLM(model, **engine, enforce_eager=True,
-              additional_config={"lazyllm": settings})
+    model, engine = sys.argv[1], json.loads(sys.argv[2])
+    llm = LLM(model, **engine, enforce_eager=True)
     core = llm.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     free, rng = pool.get_num_free_blocks(), random.Random(0)
@@ -195,12 +241,12 @@ if __name__ == "__main__":
 """
 
 
-def test_random_lives_return_every_page(printed, model):
-    import json
-
+@pytest.mark.parametrize("drafting", [False, True])
+def test_random_lives_return_every_page(printed, model, drafts, drafting):
     engine = ENGINE | TIGHT | {"disable_log_stats": False}
-    settings = {**HALF, "revive_pages": 4}
-    left = printed(["-c", POOL, model, json.dumps(engine), json.dumps(settings)])
+    engine |= lazily(**HALF, revive_pages=4)
+    engine |= with_gate(drafts, "vllm_accel.testing:RandomGate") if drafting else {}
+    left = printed(["-c", POOL, model, json.dumps(engine)])
     assert left["free"][0] == left["free"][1]
     assert left["granted"] > 0
     assert left["given_back"] > 0

@@ -141,7 +141,14 @@ CASES |= {
         lazily(prune_after=[1], granularity="token"),
         "granularity 'token'",
     ),
-    "lazyllm, drafts": (LAZY | {"speculative_config": CERBERUS}, "speculative decoding"),
+    "lazyllm, ngram": (
+        LAZY | {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "lazyllm does not work with vLLM's own speculative decoding",
+    ),
+    "lazyllm, free": (
+        LAZY | {"speculative_config": {"method": "free", "exit_layer": 1}},
+        "lazyllm does not work with free",
+    ),
     "lazyllm, groups": (LAZY | {"disable_hybrid_kv_cache_manager": True}, "hybrid manager"),
     "lazyllm, lora": (LAZY | {"enable_lora": True}, "LoRA"),
     "lazyllm, async": (LAZY | {"async_scheduling": True}, "async scheduling"),

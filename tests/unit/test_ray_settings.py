@@ -41,7 +41,7 @@ def replicas(**more):
         ({"speculative_config": {"method": "cerberus", "gat": 1}}, "did you mean 'gate'"),
         ({"lazyllm": {"kep": 0.5}}, "did you mean 'keep'"),
         ({"engine_args": {"tensor_parallel_size": "two"}}, "tensor_parallel_size='two'"),
-        ({"lazyllm": {}, "speculative_config": "cerberus"}, "expected one of them"),
+        ({"lazyllm": {}, "speculative_config": "free"}, "expected cerberus, or no"),
         ({"share_gate": True}, "no gate that learns"),
         (
             {

@@ -38,11 +38,16 @@ def switch_on(
     parallel_config: Any,
     settings: dict[str, Any],
     original: Callable[..., Any],
+    *,
+    pruned: bool,
 ) -> Any:
     """vLLM's SpeculativeConfig for our method, and our classes in the other configs.
 
     In memory the engine sees the official method "custom_class"; our own settings travel
     in `additional_config`.
+
+    Args:
+        pruned: by lazyllm, which has named classes that do both.
 
     Raises:
         AccelError: something is wrong with settings, heads, or what vLLM is asked to do.
@@ -54,19 +59,26 @@ def switch_on(
         config = with_exit(config, model_config)
     else:
         config = with_heads(config, model_config)
-    worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
-    parallel_config.worker_cls = _ours_or_derived(
-        config.method, "worker_cls", parallel_config.worker_cls, worker
-    )
-    engine_args.scheduler_cls = _ours_or_derived(
-        config.method, "scheduler_cls", engine_args.scheduler_cls, SCHEDULER
-    )
+    if pruned:
+        config = dataclasses.replace(config, run_ahead=False)  # pages change every step
+    else:
+        _name_our_classes(engine_args, parallel_config, config.method)
     engine_args.additional_config = carrier.loaded(engine_args.additional_config, config)
     engine_args.async_scheduling = False
     metrics.open_reader()
-    _announce(config)
+    _announce(config, pruned=pruned)
     with _as_custom_class(engine_args, config):
         return original(engine_args, model_config, parallel_config)
+
+
+def _name_our_classes(engine_args: EngineArgs, parallel_config: Any, method: str) -> None:
+    worker = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    parallel_config.worker_cls = _ours_or_derived(
+        method, "worker_cls", parallel_config.worker_cls, worker
+    )
+    engine_args.scheduler_cls = _ours_or_derived(
+        method, "scheduler_cls", engine_args.scheduler_cls, SCHEDULER
+    )
 
 
 def with_heads(config: CerberusConfig, model_config: Any) -> CerberusConfig:
@@ -165,14 +177,14 @@ def _as_custom_class(engine_args: EngineArgs, config: Config) -> Iterator[None]:
             setattr(engine_args, field, value)
 
 
-def _announce(config: Config) -> None:
+def _announce(config: Config, *, pruned: bool) -> None:
     logger.info(
         "%s is on: %s, up to %d drafts a step, gate %s. %s",
         config.method,
         _what_drafts(config),
         config.num_speculative_tokens,
         config.gate,
-        _promise(config),
+        "Answers are those of pruned prompts." if pruned else _promise(config),
     )
 
 

@@ -19,23 +19,30 @@ logger = logging.getLogger("vllm.vllm_accel")
 KEY = "lazyllm"
 SCHEDULER = "vllm_accel.host.v1.lazyllm.scheduler.LazyScheduler"
 CPU_WORKER = "vllm_accel.host.v1.lazyllm.cpu_worker.LazyCPUWorker"
+DRAFTING_SCHEDULER = "vllm_accel.host.v1.lazyllm.scheduler.LazyAccelScheduler"
+DRAFTING_CPU_WORKER = "vllm_accel.host.v1.lazyllm.cpu_worker.LazyAccelCPUWorker"
 
 _ANY_BLOCK_SIZE = 32  # spans do not depend on it
 
 
-def switch_on(engine_args: EngineArgs, model_config: Any, parallel_config: Any) -> None:
+def switch_on(
+    engine_args: EngineArgs, model_config: Any, parallel_config: Any, method: str | None
+) -> None:
     """Checks what is asked for, and puts our classes into the other configs.
+
+    Args:
+        method: ours that drafts beside it, if any does.
 
     Raises:
         AccelError: something is wrong with the settings or what vLLM is asked to do.
     """
     compat.check_version()
     config = LazyConfig.from_mapping(engine_args.additional_config[KEY])
-    _refuse_unsupported(engine_args, model_config, parallel_config, config)
+    _refuse_unsupported(engine_args, model_config, parallel_config, config, method)
     num_layers = model_config.get_num_layers(parallel_config)
     schedule = Schedule.of(config, num_layers=num_layers, block_size=_ANY_BLOCK_SIZE)
-    parallel_config.worker_cls = CPU_WORKER
-    engine_args.scheduler_cls = SCHEDULER
+    parallel_config.worker_cls = CPU_WORKER if method is None else DRAFTING_CPU_WORKER
+    engine_args.scheduler_cls = SCHEDULER if method is None else DRAFTING_SCHEDULER
     engine_args.async_scheduling = False
     engine_args.additional_config = {
         **engine_args.additional_config,
@@ -61,10 +68,15 @@ def _whole_prompt(config: LazyConfig, model_config: Any) -> int:
 
 
 def _refuse_unsupported(
-    engine_args: EngineArgs, model_config: Any, parallel_config: Any, config: LazyConfig
+    engine_args: EngineArgs,
+    model_config: Any,
+    parallel_config: Any,
+    config: LazyConfig,
+    method: str | None,
 ) -> None:
     for asked, found, instead in (
         *_of_models(model_config),
+        _of_drafting(engine_args, method),
         *_of_engines(engine_args, parallel_config),
         *_of_settings(config),
     ):
@@ -102,9 +114,15 @@ def _of_models(model_config: Any) -> list[_Check]:
     ]
 
 
-def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
+def _of_drafting(engine_args: EngineArgs, method: str | None) -> _Check:
     fields = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
     spec = any(getattr(engine_args, field) for field in fields)
+    other = spec and method != "cerberus"
+    name = method or "vLLM's own speculative decoding"
+    return name, other, "cerberus, or no --speculative-config"
+
+
+def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
     context = (
         parallel_config.decode_context_parallel_size > 1
         or parallel_config.prefill_context_parallel_size > 1
@@ -113,14 +131,15 @@ def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
     quantised = is_quantized_kv_cache(engine_args.kv_cache_dtype)
     launcher = parallel_config.distributed_executor_backend == "external_launcher"
     hybrid = bool(engine_args.disable_hybrid_kv_cache_manager)
-    own = engine_args.scheduler_cls not in (
-        None,
-        SCHEDULER,
-    ) or parallel_config.worker_cls not in ("auto", CPU_WORKER)
+    schedulers = (None, SCHEDULER, DRAFTING_SCHEDULER)
+    workers = ("auto", CPU_WORKER, DRAFTING_CPU_WORKER)
+    own = (
+        engine_args.scheduler_cls not in schedulers
+        or parallel_config.worker_cls not in workers
+    )
     transfer = bool(engine_args.kv_transfer_config or engine_args.kv_offloading_size)
     return [
         ("devices other than CPUs", not current_platform.is_cpu(), "a CPU"),
-        ("speculative decoding", spec, "no --speculative-config"),
         ("LoRA (--enable-lora)", bool(engine_args.enable_lora), "no LoRA"),
         ("pipeline parallelism", pipeline, "--pipeline-parallel-size 1"),
         ("context parallelism", context, "neither decode nor prefill context parallel"),

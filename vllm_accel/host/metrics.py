@@ -64,7 +64,7 @@ class CounterFile:
         self._keys: dict[tuple[str, ...], str] = {}
         self._waiting: Counter[str] = Counter()
         self._written = time.monotonic()
-        name = _FILES.replace("*", f"{os.getpid()}-{engine}")
+        name = _FILES.replace("*", f"{os.getpid()}-{engine}-{method}")
         self._values = MmapedDict(str(Path(folder) / name)) if folder else None
 
     def add(self, name: str, amount: float, **labels: str) -> None:

@@ -217,10 +217,13 @@ class Step:
         for flow in flows:
             if flow.prompt is not None:
                 flow.prompt.start(flow.positions)
+        self.num_drafts = {
+            flow.req_id: len(flow.positions) - 1 for flow in flows if flow.may_revive
+        }
+        """{req_id: rows behind the token given last} of requests that decode."""
         self._judged = {flow.req_id for flow in flows if flow.prefills}
         if pruner.aux is not None:
-            decoding = [flow.req_id for flow in flows if flow.may_revive]
-            self._judged = pruner.judge(self._judged, decoding)
+            self._judged = pruner.judge(self._judged, self.num_drafts)
 
     @property
     def needs_spans(self) -> bool:

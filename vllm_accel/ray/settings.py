@@ -244,10 +244,11 @@ def _check_methods(
         from vllm_accel.lazyllm.config import LazyConfig
 
         LazyConfig.from_mapping(lazyllm)
-    if lazyllm is not None and speculative_config is not None:
+    method = method_of(speculative_config)
+    if lazyllm is not None and method not in (None, "cerberus"):
         raise ConfigError(
-            "ray.lazyllm and ray.speculative_config are both given: expected one of them, "
-            "as lazyllm does not work with speculative decoding yet; leave one out."
+            f"ray.lazyllm is given beside the method {method!r}: expected cerberus, or no "
+            "ray.speculative_config; leave one out."
         )
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from vllm_accel.errors import ConfigError
 from vllm_accel.on_disk import location
 from vllm_accel.training import data
+from vllm_accel.training.precision import fast_dtype
 
 TARGETS = ("data", "base")
 """What is learnt: the text's tokens, or the base's own choices."""
@@ -145,7 +146,7 @@ def fit(run: Run, begun: Prepared, model: Any) -> bool:
     """
     trainer = _PartTrainer(
         model=model,
-        args=_arguments(run, begun.work),
+        args=_arguments(run, begun),
         train_dataset=begun.training,
         data_collator=data.collate,
     )
@@ -209,9 +210,10 @@ def _last_complete_checkpoint(work: Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def _arguments(run: Run, work: Path) -> TrainingArguments:
+def _arguments(run: Run, begun: Prepared) -> TrainingArguments:
+    dtypes = (begun.base.dtype, fast_dtype())
     return TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(begun.work),
         num_train_epochs=run.epochs,
         per_device_train_batch_size=run.batch_size,
         learning_rate=run.learning_rate,
@@ -219,7 +221,7 @@ def _arguments(run: Run, work: Path) -> TrainingArguments:
         warmup_steps=0.05,
         weight_decay=0.0,
         train_sampling_strategy="group_by_length",
-        bf16=True,
+        bf16=torch.bfloat16 in dtypes,
         use_cpu=not torch.cuda.is_available(),
         save_steps=run.save_steps,
         save_total_limit=2,

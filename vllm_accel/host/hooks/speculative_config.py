@@ -35,17 +35,24 @@ def apply() -> None:
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         try:
-            if "lazyllm" in as_mapping(self.additional_config):
+            settings = requested(self)
+            pruned = "lazyllm" in as_mapping(self.additional_config)
+            if pruned:
                 from vllm_accel.host import lazyllm
 
-                lazyllm.switch_on(self, target_model_config, target_parallel_config)
-            settings = requested(self)
+                method = None if settings is None else settings["method"]
+                lazyllm.switch_on(self, target_model_config, target_parallel_config, method)
             if settings is None:
                 return original(self, target_model_config, target_parallel_config)
             from vllm_accel.host import assemble
 
             return assemble.switch_on(
-                self, target_model_config, target_parallel_config, settings, original
+                self,
+                target_model_config,
+                target_parallel_config,
+                settings,
+                original,
+                pruned=pruned,
             )
         except AccelError as error:
             if cli_names.used_by_command_line:

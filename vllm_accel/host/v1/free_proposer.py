@@ -80,6 +80,7 @@ class FreeProposer:
 
     def deepen(self, handed_on: Tensor, residual: Tensor, positions: Tensor) -> Tensor:
         """[n, hidden_size] after the final norm, of exit states [n, hidden_size] twice."""
+        handed_on = handed_on.to(self._dtype)
         return self._decoder.run(self._spans[1], handed_on, residual, positions)[0]
 
     def start_step(self, measured: list[StepTime], req_ids: Container[str]) -> None:

@@ -80,7 +80,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             with override_forward_context(context):
                 states[rest] = self.drafter.shallow(input_ids[rest], places)
         handed_on, residual = states.chunk(2, dim=-1)
-        return handed_on.to(self.dtype).contiguous(), residual.contiguous()
+        return handed_on.contiguous(), residual.contiguous()
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         """Where drafts are final, lets the sampler see nothing but the draft."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -24,6 +25,8 @@ class Scores:
     block_size: int
     num_rows: int
     """Last rows of a lane that are looked at, as far as it has them."""
+    drafts: Mapping[str, int]
+    """{req_id: rows behind those}: drafts may turn out wrong, and have no say."""
     found: dict[str, Tensor] = field(default_factory=dict)
     """{req_id: [seq_len] float32}"""
 
@@ -36,12 +39,14 @@ class Scores:
             metadata: CPUAttentionMetadata.
         """
         for req_id, lane in self.lanes.items():
+            drafts = self.drafts.get(req_id, 0)
             first, stop = metadata.query_start_loc[lane : lane + 2].tolist()
+            stop -= drafts
             rows = query[max(first, stop - self.num_rows) : stop]
-            seq_len = int(metadata.seq_lens[lane])
+            seq_len = int(metadata.seq_lens[lane]) - drafts
             blocks = metadata.block_table[lane, : num_pages(seq_len, self.block_size)]
             keys = self.layout.keys(kv_cache, blocks, seq_len)
-            self.found[req_id] = attention_paid(rows, keys, scale)
+            self.found[req_id] = pad(attention_paid(rows, keys, scale), (0, drafts))
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Worker on CPU: vLLM's own, with our attention and our runner."""
+"""Workers on CPU: vLLM's or ours, with our attention and our runner."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_accel.host.v1.cpu_worker import AccelCPUWorker
 from vllm_accel.host.v1.lazyllm import attention
 from vllm_accel.host.v1.lazyllm.runner import dress
 from vllm_accel.host.v1.seeds import keep_seeds
@@ -21,3 +22,7 @@ class LazyCPUWorker(CPUWorker):
         """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
         pages: dict[str, list[int]] | None = self.model_runner.surviving_pages()
         return pages
+
+
+class LazyAccelCPUWorker(AccelCPUWorker, LazyCPUWorker):
+    """Prunes, and drafts: the runner is dressed for both."""

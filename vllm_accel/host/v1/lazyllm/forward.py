@@ -137,7 +137,7 @@ class SpanForward:
         gid = next(g for g in self._groups[k + 1] if name in self._layer_names[g])
         view = view_of(lanes, lambda req_id: self._row(req_id, gid), self._block_size)
         metadata = self._metadata(gid, view)
-        metadata.scores, metadata.only_scores = self._scored_by(name, asked), True
+        metadata.scores, metadata.only_scores = self._scored_by(name, asked, step), True
         context = get_forward_context()
         context.attn_metadata[name] = metadata
         context.slot_mapping[name] = view.slot_mapping
@@ -168,10 +168,12 @@ class SpanForward:
 
     def _scores(self, k: int, step: Step) -> Scores | None:
         lanes = step.scored(k)
-        return self._scored_by(self._names[self._spans[k].last], lanes) if lanes else None
+        name = self._names[self._spans[k].last]
+        return self._scored_by(name, lanes, step) if lanes else None
 
-    def _scored_by(self, name: str, lanes: Mapping[str, int]) -> Scores:
-        return Scores(name, lanes, self._layout, self._block_size, self._observe)
+    def _scored_by(self, name: str, lanes: Mapping[str, int], step: Step) -> Scores:
+        layout, size = self._layout, self._block_size
+        return Scores(name, lanes, layout, size, self._observe, step.num_drafts)
 
 
 def averaged(scores: Scores | None) -> Mapping[str, Tensor]:

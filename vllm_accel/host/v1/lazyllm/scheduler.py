@@ -1,4 +1,4 @@
-"""Scheduler: vLLM's own, which takes dropped pages back and hands out wanted ones."""
+"""Schedulers: vLLM's or ours, taking dropped pages back and handing out wanted ones."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.v1.lazyllm import settings
 from vllm_accel.host.v1.lazyllm.kv_groups import SpanManager, groups_of_spans
 from vllm_accel.host.v1.lazyllm.wire import PageOrders, PruneReport, attach, attached
+from vllm_accel.host.v1.scheduler import AccelScheduler
 from vllm_accel.lazyllm.pruner import PruneCounts
-from vllm_accel.paging import PageLedger
+from vllm_accel.paging import PageLedger, num_pages
 
 
 class PoolBooks:
@@ -50,7 +51,7 @@ class PoolBooks:
         return self._managers[group].req_to_blocks[req_id]
 
 
-class LazyScheduler(Scheduler):
+class PruningMixin:
     """Overrides of Scheduler (vllm/v1/core/sched/scheduler.py, 0.32)."""
 
     def __init__(
@@ -67,7 +68,12 @@ class LazyScheduler(Scheduler):
         self._schedule = settings.schedule(vllm_config)
         self._managers: list[SpanManager] = list(coordinator.single_type_managers)
         self._aux = self._managers[groups[1][0]]
-        self._counters = CounterFile(vllm_config, "lazyllm")
+        tokens = 1 + self.num_spec_tokens
+        self._pages_of_a_step = sum(
+            num_pages(tokens, manager.block_size) for manager in self._managers
+        )
+        """What decoding takes for a request at the most."""
+        self._page_counters = CounterFile(vllm_config, "lazyllm")
         self._counted = (0, 0)
 
     def add_request(self, request: Any) -> None:
@@ -104,8 +110,7 @@ class LazyScheduler(Scheduler):
         scheduler_output = super().schedule(*args, **kwargs)
         new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
         new += scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        # A page more in every group for every request is the most the next step takes.
-        reserve = len(self._managers) * len(self.running)
+        reserve = self._pages_of_a_step * len(self.running)
         answer = self._ledger.answer(new, scheduler_output.num_scheduled_tokens, reserve)
         held = self._aux.aux_held
         aux = {
@@ -122,12 +127,12 @@ class LazyScheduler(Scheduler):
         report: PruneReport | None = attached(model_runner_output)
         if report is not None:
             self._ledger.settle(report.pages)
-            self._count(report.counts)
-        self._counters.write(busy=self.has_unfinished_requests())
+            self._count_pages(report.counts)
+        self._page_counters.write(busy=self.has_unfinished_requests())
         return outputs
 
-    def _count(self, counts: PruneCounts) -> None:
-        add = self._counters.add
+    def _count_pages(self, counts: PruneCounts) -> None:
+        add = self._page_counters.add
         for span, rows in enumerate(counts.rows):
             add("vllm:accel_span_rows", rows, span=str(span))
         add("vllm:accel_prompts", counts.prompts_pruned, state="pruned")
@@ -141,3 +146,15 @@ class LazyScheduler(Scheduler):
         ):
             add("vllm:accel_prompt_pages", amount, state=state)
         self._counted = (ledger.pages_given_back, ledger.pages_declined)
+
+
+class LazyScheduler(PruningMixin, Scheduler):
+    """vLLM's, for LazyLLM alone."""
+
+
+class LazyAccelScheduler(PruningMixin, AccelScheduler):
+    """Ours, for LazyLLM beside a method that drafts."""
+
+    def teaches_cost(self, scheduler_output: Any) -> bool:
+        """See `AccelScheduler.teaches_cost`; pages brought back take time of their own."""
+        return not attached(scheduler_output).answer.granted
