@@ -11,7 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_accel.errors import ConfigError
+from vllm_accel.training.precision import cpu_knows_bfloat16
 
 Row = dict[str, Any]
 Document = dict[str, Any]
@@ -36,10 +39,12 @@ def document(command: Sequence[str], device: str) -> Document:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory in GiB, platform."""
+    """CPU model and best vector instructions, cores this process may use, memory in GiB,
+    platform."""
     pages, page_size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": _cpu_model(),
+        "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages * page_size / 2**30, 1),
         "platform": platform.platform(),
@@ -52,6 +57,12 @@ def _cpu_model() -> str:
     lines = file.read_text().splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The best the CPU has, as torch names them: long prompts live by these."""
+    best: str = torch.backends.cpu.get_cpu_capability()
+    return f"{best}, bf16" if cpu_knows_bfloat16() else best
 
 
 def versions() -> dict[str, str | None]:

@@ -8,9 +8,12 @@ def fast_dtype() -> torch.dtype:
 
     A CPU that has to imitate bfloat16 takes five times as long for it.
     """
-    if torch.cuda.is_available():
-        knows = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        abilities = torch.cpu.get_capabilities().items()
-        knows = any(has for name, has in abilities if "bf16" in name)
+    on_gpu = torch.cuda.is_available()
+    knows = torch.cuda.is_bf16_supported(False) if on_gpu else cpu_knows_bfloat16()
     return torch.bfloat16 if knows else torch.float32
+
+
+def cpu_knows_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16."""
+    abilities = torch.cpu.get_capabilities()
+    return any(has for name, has in abilities.items() if "bf16" in name)
