@@ -58,8 +58,8 @@ class StepReport:
     """Requests something was drafted for, or would have been if the step could draft."""
     draft_seconds: float = 0.0
     """Time spent deciding and drafting."""
-    final: int = 0
-    """Tokens given that the deep layers could not correct."""
+    final: Counter[str] = field(default_factory=Counter)
+    """Per request, tokens given that the deep layers could not correct."""
     final_agreed: int = 0
     """Those that the deep layers would have chosen too."""
     shallow_steps: int = 0

@@ -6,7 +6,8 @@ than many an engine lives. Nothing of vLLM but its modules is there before the f
 In: {"folder", "env": {}, "engine": {LLM arguments}, "batches": [{"prompts": [[ids]],
 "sampling": [{...}]}]}. Out, when the engine has ended: its exit status. In the folder are
 then its log and result.json: {"batches": [[{token_ids, text, finish_reason, stop_reason,
-gaps}]], "metrics": {...}, "metrics_by_batch": [{...}, of this batch and those before]}.
+gaps, report}]], "metrics": {...}, "metrics_by_batch": [{...}, of this batch and those
+before]}.
 """
 
 import json
@@ -58,7 +59,7 @@ def asked(llm, batch):
         [sampling_params(**sampling) for sampling in batch["sampling"]],
         use_tqdm=False,
     )
-    return [as_json(c) for output in outputs for c in output.outputs]
+    return [as_json(output, c) for output in outputs for c in output.outputs]
 
 
 def interrupted(llm, batch):
@@ -78,7 +79,7 @@ def interrupted(llm, batch):
         if first_runs and given(outputs, names[0]) >= batch["abort_at"]:
             engine.abort_request(names[:1])
             first_runs = False
-    return [as_json(outputs[name].outputs[0]) for name in names]
+    return [as_json(outputs[name], outputs[name].outputs[0]) for name in names]
 
 
 def given(outputs, name):
@@ -93,13 +94,14 @@ def sampling_params(regex=None, **sampling):
     return SamplingParams(structured_outputs=grammar, **sampling)
 
 
-def as_json(completion):
+def as_json(output, completion):
     return {
         "token_ids": list(completion.token_ids),
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
         "gaps": top2_gaps(completion),
+        "report": (output.kv_transfer_params or {}).get("vllm_accel"),
     }
 
 

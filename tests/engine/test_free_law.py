@@ -98,14 +98,18 @@ def test_final_drafts_agree_as_often_as_asked_in_bfloat16(generate, cut):
     free |= {"gate": "vllm_accel.testing:OpenQuality"}
     arguments = {"model": cut[0], **BFLOAT, **ROOMY, **TINY, "speculative_config": free}
     eight = law_batches()[2]["prompts"]
+    asked = {"accel_report": True}
     picky = greedy(200, extra_args={"exit_quality": 0.99})
     batches = [
-        {"prompts": eight, "sampling": [greedy(200)] * 8},
+        {"prompts": eight, "sampling": [greedy(200, extra_args=asked)] * 8},
         {"prompts": eight[:2], "sampling": [picky, greedy(1)]},
     ]
     found = generate(arguments, batches)
     metrics = found["metrics"]
     final = metrics["vllm:accel_final_tokens"]
+    said = [answer["report"]["final_tokens"] for answer in found["batches"][0]]
+    assert 0 < sum(said) <= found["metrics_by_batch"][0]["vllm:accel_final_tokens"]
+    assert found["batches"][1][0]["report"] is None
     wrong = final - metrics["vllm:accel_final_agreed_tokens"]
     assert final > 100
     assert wrong / metrics["vllm:accel_output_tokens"] < 0.12

@@ -150,6 +150,23 @@ def test_dense_requests_are_plains_in_any_company(generate, model):
     assert found["metrics"]["vllm:prefix_cache_hits"] > 0
 
 
+def test_a_response_says_whether_its_prompt_was_pruned_if_asked(generate, model):
+    asked = {"accel_report": True}
+    answers = {
+        "prompts": [prompt(300), prompt(50), prompt(300), prompt(300)],
+        "sampling": [
+            greedy(4, extra_args=asked),
+            greedy(4, extra_args=asked),
+            greedy(4, extra_args={**asked, "lazyllm": False}),
+            greedy(4),
+        ],
+    }
+    found = generate({"model": model, **ENGINE, **lazily(**HALF)}, [answers])
+    reports = [answer["report"] for answer in found["batches"][0]]
+    dense = {"pruned": False}
+    assert reports == [{"pruned": True}, dense, dense, None]
+
+
 def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model):
     """Everybody is answered; those who asked for all of their prompt as by plain."""
     asked = {

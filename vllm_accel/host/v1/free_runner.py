@@ -123,7 +123,7 @@ class FreeRunnerMixin(DraftingRunnerMixin):
     def _learn_of(self, seen: Seen, final_drafts: int) -> None:
         self.drafter.learn(seen)
         if self.drafter.drafts_are_final:
-            self._report.final += final_drafts
+            self._report.final[seen.req_id] += final_drafts
             self._report.final_agreed += sum(seen.agree[:final_drafts])
 
     def _room(self, i: int) -> int:

@@ -1,5 +1,6 @@
 """Scheduler: vLLM's own, which makes room for drafts in steps queued ahead; it counts."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from vllm_accel.host.hooks import run_ahead
 from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.report import Orders, StepTime, attach, attached
 from vllm_accel.host.v1.clock import StepClock
+from vllm_accel.host.v1.response import with_report
 from vllm_accel.host.v1.run_ahead import RunAhead, room
 from vllm_accel.host.v1.summary import Summary
 from vllm_accel.paging import num_pages
@@ -46,6 +48,8 @@ class AccelScheduler(AsyncScheduler):
         run_ahead.apply()
         self._measured: list[StepTime] = []
         self._held = False
+        self._drafts_are_final = config.method == "free" and config.mode == "exit"
+        self._final: Counter[str] = Counter()
 
     def _never_pad(self) -> None:
         """No drafts are announced as tokens of -1 unless this scheduler says so.
@@ -115,6 +119,8 @@ class AccelScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Counts what requests were given; takes drafts that the workers did not keep."""
         report = attached(model_runner_output)
+        if report is not None:
+            self._final.update(report.final)
         self._note_empty_room(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         busy = self.has_unfinished_requests()
@@ -133,6 +139,14 @@ class AccelScheduler(AsyncScheduler):
     def teaches_cost(self, scheduler_output: Any) -> bool:
         """Whether a step took as long as its number of rows says."""
         return True
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lets a response say how many of its tokens no deep layer had a say in."""
+        given, others = super()._free_request(request, *args, **kwargs)
+        final = self._final.pop(request.request_id, 0)
+        if self._drafts_are_final:
+            given = with_report(given, request, {"final_tokens": final})
+        return given, others
 
     def _note_empty_room(self, scheduler_output: Any, report: StepReport | None) -> None:
         """vLLM takes it for drafts that were rejected, which is right for its counts of
@@ -181,7 +195,7 @@ class AccelScheduler(AsyncScheduler):
             add("vllm:accel_draft_length", amount, length=str(length))
         add("vllm:accel_drafted_tokens", report.drafted)
         add("vllm:accel_accepted_tokens", report.accepted)
-        add("vllm:accel_final_tokens", report.final)
+        add("vllm:accel_final_tokens", report.final.total())
         add("vllm:accel_final_agreed_tokens", report.final_agreed)
         add("vllm:accel_draft_seconds", report.draft_seconds)
         rows = len(given) + sum(report.verified.values())

@@ -10,6 +10,7 @@ from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.v1.lazyllm import settings
 from vllm_accel.host.v1.lazyllm.kv_groups import SpanManager, groups_of_spans
 from vllm_accel.host.v1.lazyllm.wire import PageOrders, PruneReport, attach, attached
+from vllm_accel.host.v1.response import with_report
 from vllm_accel.host.v1.scheduler import AccelScheduler
 from vllm_accel.lazyllm.pruner import PruneCounts
 from vllm_accel.paging import PageLedger, num_pages
@@ -92,6 +93,12 @@ class PruningMixin:
         spec = self._aux.kv_cache_spec
         wanted = settings.aux_blocks(self.vllm_config, spec, parked)
         self._aux.aux_wanted[request.request_id] = wanted
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lets a response say whether some of its prompt may have been left out."""
+        pruned = request.request_id in self._aux.aux_wanted
+        given, others = super()._free_request(request, *args, **kwargs)
+        return with_report(given, request, {"pruned": pruned}), others
 
     def _free_blocks(self, request: Any) -> None:
         """Forgets a request for good."""
