@@ -54,6 +54,7 @@ OUR_CLASSES = {
         RUNNER,
     ],
     "v1/lazyllm/scheduler.py:PruningMixin": [SCHEDULER],
+    "v1/lazyllm/scheduler.py:LazyScheduler": [SCHEDULER],
     "v1/lazyllm/kv_groups.py:SpanSpec": [
         f"{KV_SPECS}:{name}"
         for name in ("FullAttentionSpec", "AttentionSpec", "KVCacheSpec")

@@ -1,5 +1,7 @@
 """`vllm-accel train cerberus`: heads on a frozen base, by transformers' Trainer."""
 
+import copy
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from vllm_accel.errors import ConfigError
 from vllm_accel.on_disk import base_model
 from vllm_accel.training import card, data, evaluate, runs
 from vllm_accel.training.model import FrozenBaseWithHeads
+from vllm_accel.training.precision import SAVED_DTYPE, fast_dtype, round_as_saved
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +62,13 @@ def train(run: TrainingRun) -> dict[str, Any]:
     Raises:
         ConfigError: the data or the tokenizer do not fit the model.
     """
-    begun = runs.prepare(run, torch.bfloat16)
+    begun = runs.prepare(run, fast_dtype())
     base, training = begun.base, begun.training
     heads = _new_heads(run, base)
     model = FrozenBaseWithHeads(base, heads, follow_base=run.targets == "base")
     if not runs.fit(run, begun, model):
         return {}
-    model.heads.to(torch.bfloat16)  # as saved, so that the figures are of the saved heads
+    round_as_saved(model.heads)
     if run.heads == "medusa":
         medusa.write_for_vllm(run.output / VLLM_MEDUSA, heads, base.lm_head.weight)
     if 0 < run.draft_vocab < base.config.vocab_size:
@@ -107,6 +110,7 @@ def _finish(
             "with): expected longer rows; give more text or raise --held-out-rows."
         )
     test = seen.self_test()
+    test = dataclasses.replace(test, hidden_states=test.hidden_states.to(SAVED_DTYPE))
     threshold = evaluate.best_entropy_threshold(seen, run.draft_cost)
     figures = {
         "held_out_tokens": len(seen.entropy),
@@ -130,7 +134,7 @@ def _finish(
         entropy_threshold=threshold,
         accepted_per_step=_self_test_acceptance(model, test),
     )
-    checkpoint.save(run.output, config, model.heads, test)
+    checkpoint.save(run.output, config, model.heads.to(SAVED_DTYPE), test)
     card.write_figures(run.output, figures)
     logger.info("Heads saved to %s: %s", run.output, figures)
     return figures
@@ -143,6 +147,8 @@ def _draft_vocab_size(model: FrozenBaseWithHeads) -> int:
 
 @torch.no_grad()
 def _self_test_acceptance(model: FrozenBaseWithHeads, test: checkpoint.SelfTest) -> float:
-    embedding = model.base.get_input_embeddings().weight
-    drafts = checkpoint.best_drafts(model.heads, test, model.base.lm_head.weight, embedding)
+    heads = copy.deepcopy(model.heads).to(SAVED_DTYPE)
+    embedding = model.base.get_input_embeddings().weight.to(SAVED_DTYPE)
+    lm_head = model.base.lm_head.weight.to(SAVED_DTYPE)
+    drafts = checkpoint.best_drafts(heads, test, lm_head, embedding)
     return round(test.accepted(drafts.cpu()), 4)

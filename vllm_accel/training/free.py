@@ -13,6 +13,7 @@ from vllm_accel.free.exit_head import ADAPTERS, ExitAdapter
 from vllm_accel.on_disk import base_model
 from vllm_accel.training import card, distillation, evaluate, exit_figures, runs
 from vllm_accel.training.exit_figures import ExitObservations
+from vllm_accel.training.precision import SAVED_DTYPE, fast_dtype, round_as_saved
 from vllm_accel.training.shallow_deep import ShallowDeep
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,12 @@ def train(run: ExitRun) -> dict[str, Any]:
     Raises:
         ConfigError: the settings, the data or the tokenizer do not fit the model.
     """
-    begun = runs.prepare(run, torch.bfloat16 if run.freeze_base else torch.float32)
+    begun = runs.prepare(run, fast_dtype() if run.freeze_base else torch.float32)
     model = _new_model(run, begun.base)
     before = _deep_loss(run, model, begun)
     if not runs.fit(run, begun, model):
         return {}
-    _round_as_saved(model)
+    round_as_saved(model.trained)
     seen = _seen(model.eval(), begun)
     figures = exit_figures.figures(seen) | {
         f"deep_loss{when}": loss
@@ -124,12 +125,6 @@ def _deep_loss(run: ExitRun, model: ShallowDeep, begun: runs.Prepared) -> float 
     return round(exit_figures.deep_loss(model.eval(), begun.held_out), 4)
 
 
-def _round_as_saved(model: ShallowDeep) -> None:
-    """The figures are to be of what is saved: parameters, not RoPE's tables."""
-    for parameter in model.trained.parameters():
-        parameter.data = parameter.data.bfloat16()
-
-
 def _seen(model: ShallowDeep, begun: runs.Prepared) -> ExitObservations:
     seen = exit_figures.observe(model, evaluate.continued(model, begun.held_out))
     if len(seen.ends) == 0:
@@ -144,12 +139,13 @@ def _save(
     run: ExitRun, begun: runs.Prepared, model: ShallowDeep, seen: ExitObservations
 ) -> None:
     folder, base_folder, base_name = run.output, begun.folder, Path(run.model).name
+    test = seen.self_test(model)
+    model.trained.to(SAVED_DTYPE)
     if not run.freeze_base:
         model.base.save_pretrained(run.output)
         begun.tokenizer.save_pretrained(run.output)
         folder, base_folder = run.output / EXIT_FOLDER, run.output
         base_name = run.output.resolve().name
-    test = seen.self_test(model)
     config = checkpoint.ExitConfig(
         format=checkpoint.FORMAT,
         exit_layer=run.exit_layer,

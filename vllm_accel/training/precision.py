@@ -1,6 +1,10 @@
-"""Which float type this machine multiplies fastest."""
+"""Which float type this machine multiplies fastest, and which weights are saved in."""
 
 import torch
+from torch import nn
+
+SAVED_DTYPE = torch.bfloat16
+"""Of heads, exits and models as they are saved."""
 
 
 def fast_dtype() -> torch.dtype:
@@ -17,3 +21,12 @@ def cpu_knows_bfloat16() -> bool:
     """Whether the CPU has instructions that multiply bfloat16."""
     abilities = torch.cpu.get_capabilities()
     return any(has for name, has in abilities.items() if "bf16" in name)
+
+
+def round_as_saved(module: nn.Module) -> None:
+    """Rounds parameters, to be of `fast_dtype`: figures are to be of what is saved.
+
+    Buffers stay as they are: RoPE's tables are not saved.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(SAVED_DTYPE).to(fast_dtype())

@@ -146,7 +146,7 @@ def fit(run: Run, begun: Prepared, model: Any) -> bool:
     """
     trainer = _PartTrainer(
         model=model,
-        args=_arguments(run, begun),
+        args=_arguments(run, begun.work),
         train_dataset=begun.training,
         data_collator=data.collate,
     )
@@ -210,10 +210,9 @@ def _last_complete_checkpoint(work: Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def _arguments(run: Run, begun: Prepared) -> TrainingArguments:
-    dtypes = (begun.base.dtype, fast_dtype())
+def _arguments(run: Run, work: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(begun.work),
+        output_dir=str(work),
         num_train_epochs=run.epochs,
         per_device_train_batch_size=run.batch_size,
         learning_rate=run.learning_rate,
@@ -221,7 +220,7 @@ def _arguments(run: Run, begun: Prepared) -> TrainingArguments:
         warmup_steps=0.05,
         weight_decay=0.0,
         train_sampling_strategy="group_by_length",
-        bf16=torch.bfloat16 in dtypes,
+        bf16=fast_dtype() == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         save_steps=run.save_steps,
         save_total_limit=2,
