@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--keeps", type=json.loads, default=KEEPS)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--lazyllm", type=json.loads, default={}, help="more settings")
+    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     tokenizer = engines.tokenizer(options.model)
     questions = tasks.made(tokenizer, options.length, options.questions)
@@ -47,6 +48,7 @@ def main() -> None:
         max_num_seqs=8,
         kv_cache_memory_bytes=2**28,
         block_size=options.block_size,
+        dtype=options.dtype,
         additional_config={"lazyllm": options.lazyllm},
     )
     ask(engine, questions[0], 0.5)  # not counted

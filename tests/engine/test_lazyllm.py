@@ -28,6 +28,7 @@ LAZY = {
     "recent": 1,
     "revive_every": 1,
     "observe": 1,
+    "spread": 0,
 }
 HALF = {**LAZY, "keep": [0.5, 0.25]}
 # Chunked prefill, prefix caching and preemption.

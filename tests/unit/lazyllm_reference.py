@@ -22,11 +22,13 @@ class Reference:
         recent=1,
         budget=0,
         observe=1,
+        spread=0,
         every=1,
         ahead=True,
     ):
         self.toy, self.size, self.sink, self.recent = toy, size, sink, recent
         self.observe, self.every, self.ahead = observe, every, ahead
+        self.spread = spread
         edges = [0, *points, toy.num_layers]
         self.spans = [range(a, b) for a, b in pairwise(edges)]
         self.keep, self.budget = [1.0, *keep], budget
@@ -150,8 +152,10 @@ class Reference:
     def _judged(self, layer, judges, queries):
         paid = [self._attend(layer, judge, queries[judge])[1] for judge in judges]
         seen = paid[-1]  # of the last token, which sees all the others do
-        weights = {j: sum(p.get(j, 0.0) for p in paid) / len(paid) for j in seen}
-        return self._by_page(weights)
+        weights = [sum(p.get(j, 0.0) for p in paid) / len(paid) for j in seen]
+        reach = self.spread
+        most = [max(weights[max(i - reach, 0) : i + reach + 1]) for i in range(len(seen))]
+        return self._by_page(dict(zip(seen, most, strict=True)))
 
     def _attend(self, layer, i, query):
         seen = sorted(j for j in self.keys[layer] if j <= i)

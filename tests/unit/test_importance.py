@@ -7,6 +7,7 @@ from vllm_accel.lazyllm.importance import (
     most_important,
     pooled,
     scorer,
+    spread,
 )
 
 
@@ -37,6 +38,15 @@ def test_half_precision_is_summed_in_single():
 def test_pages_pool_their_tokens_the_last_as_far_as_it_is_filled(pooling, expected):
     values = torch.tensor([1.0, 2.0, 3.0, 3.0, 4.5, 6.0, 6.0, 8.0])
     assert pooled(values, 3, pooling).tolist() == expected
+
+
+def test_a_neighbour_counts_as_much_as_the_token_looked_at():
+    values = torch.tensor([0.0, 0.5, 0.0, 0.0, 0.0, 0.2])
+    assert torch.equal(spread(values, 0), values)
+    assert spread(values, 1).tolist() == pytest.approx([0.5, 0.5, 0.5, 0.0, 0.2, 0.2])
+    assert spread(values, 99).tolist() == [0.5] * 6
+    page_by_page = scorer("attention", "mean", 1)(values, 2)
+    assert page_by_page.tolist() == pytest.approx([0.5, 0.25, 0.2])
 
 
 def test_single_tokens_are_pages_of_their_own():

@@ -18,6 +18,7 @@ SMALL = {
     "recent": 1,
     "revive_every": 1,
     "observe": 1,
+    "spread": 0,
 }
 
 

@@ -16,6 +16,7 @@ EVERY_KEY = {
     "progressive": False,
     "choose": "random",
     "observe": 8,
+    "spread": 4,
     "look_ahead": False,
     "granularity": "token",
     "pooling": "max",

@@ -19,6 +19,7 @@ LAZY = {
     "recent": 1,
     "revive_every": 1,
     "observe": 1,
+    "spread": 0,
 }
 HALF = {**LAZY, "keep": [0.5, 0.25], "revive_pages": 2}
 

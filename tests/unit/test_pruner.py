@@ -17,6 +17,7 @@ SMALL = {
     "recent": 1,
     "revive_every": 1,
     "observe": 1,
+    "spread": 0,
 }
 
 
@@ -98,6 +99,13 @@ def test_a_prompt_in_pieces_equals_the_reference(most):
 def test_several_tokens_may_say_who_matters(size, most):
     engine = make(size, keep=(0.5, 0.25), revive_pages=2, observe=6)
     reference = refer(engine, (0.5, 0.25), budget=2, observe=6)
+    run_alike(engine, reference, most)
+
+
+@pytest.mark.parametrize(("size", "most"), [(4, 39), (4, 10), (1, 39)])
+def test_neighbours_of_what_is_looked_at_may_matter_as_much(size, most):
+    engine = make(size, keep=(0.5, 0.25), revive_pages=2, spread=3)
+    reference = refer(engine, (0.5, 0.25), budget=2, spread=3)
     run_alike(engine, reference, most)
 
 

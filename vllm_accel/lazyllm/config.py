@@ -53,6 +53,10 @@ class LazyConfig:
     pooling: str = "mean"
     """A page's importance from its tokens': "mean" or "max"."""
 
+    spread: int = 16
+    """Tokens on either side that count as much as the one between them, if that is looked
+    at more. The paper has 0, and brings back what it misses in every step."""
+
     min_prompt: int = 1024
     """Tokens below which a prompt is left alone."""
 
@@ -127,6 +131,7 @@ _LEAST = {
     "sink": 0,
     "recent": 1,
     "observe": 1,
+    "spread": 0,
     "revive_every": 1,
     "revive_pages": 1,
 }

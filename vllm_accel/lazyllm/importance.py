@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from vllm_accel.paging import num_pages
 
@@ -38,6 +39,20 @@ def attention_paid(
     return logits.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 
+def spread(
+    importance: Tensor,  # [context_len]
+    reach: int,
+) -> Tensor:
+    """[context_len]: of every token the most that it, or one within reach, is paid.
+
+    What is read next stands beside what is looked at now, maybe on the next page. Tokens
+    are neighbours as they lie, with what was left out between them left out.
+    """
+    if not reach:
+        return importance
+    return max_pool1d(importance[None], 2 * reach + 1, stride=1, padding=reach)[0]
+
+
 def pooled(
     importance: Tensor,  # [context_len] float32
     page_tokens: int,
@@ -60,16 +75,19 @@ def pooled(
     return found
 
 
-def scorer(choose: str, pooling: str) -> Scorer:
+def scorer(choose: str, pooling: str, reach: int = 0) -> Scorer:
     """What makes pages' importance of their tokens'.
 
     Args:
         choose: "attention", or "random" for numbers that have nothing to do with it: the
             same on every rank, as all of them draw for the same pages in the same order.
         pooling: see `pooled`.
+        reach: see `spread`.
     """
     if choose == "attention":
-        return lambda importance, page_tokens: pooled(importance, page_tokens, pooling)
+        return lambda importance, page_tokens: pooled(
+            spread(importance, reach), page_tokens, pooling
+        )
     rng = np.random.default_rng(_SEED)
     return lambda importance, page_tokens: rng.random(
         num_pages(len(importance), page_tokens), dtype=np.float32

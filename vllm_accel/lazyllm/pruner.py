@@ -54,7 +54,7 @@ class Pruner:
         self.config = config
         self.schedule = schedule
         self.aux = aux
-        self.score = scorer(config.choose, config.pooling)
+        self.score = scorer(config.choose, config.pooling, config.spread)
         """See `importance.Scorer`."""
         self.latest: PrunedPrompt | None = None
         """The prompt admitted last of those that are pruned, for people to look at."""
