@@ -10,6 +10,8 @@ import argparse
 import json
 import statistics
 
+from tqdm import tqdm
+
 from vllm_accel.bench import prefill, tasks
 from vllm_accel.host import engines
 
@@ -53,7 +55,7 @@ def main() -> None:
     )
     ask(engine, questions[0], 0.5)  # not counted
     right, ms = [[] for _ in options.keeps], [[] for _ in options.keeps]
-    for question in questions:
+    for question in tqdm(questions):
         for i, keep in enumerate(options.keeps):
             took, said = ask(engine, question, keep)
             right[i].append(tasks.is_right(question, tokenizer.decode(said)))

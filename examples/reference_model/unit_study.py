@@ -1,6 +1,6 @@
 """LazyLLM by tokens or by pages: how many questions are right, by the unit left out.
 
-    python unit_study.py MODEL --length 4096 --questions 100
+    python unit_study.py MODEL --length 4096 --questions 100 --settings '[{"spread": 0}]'
 
 The paper leaves out tokens; vLLM's cache is made of pages. In plain torch, float32, the
 prefill as lazyllm does it (asked of the layer to come, by the last 8 tokens; nothing
@@ -21,8 +21,19 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_accel.bench import prefill, tasks
 from vllm_accel.lazyllm.config import LazyConfig
-from vllm_accel.lazyllm.importance import attention_paid, most_important
+from vllm_accel.lazyllm.importance import attention_paid, most_important, scorer
 from vllm_accel.lazyllm.schedule import Schedule
+
+
+class Way:
+    """How a prompt is pruned."""
+
+    def __init__(self, name: str, model, unit: int, settings: dict) -> None:
+        config = LazyConfig(revive="off", **settings)
+        layers = model.config.num_hidden_layers
+        self.name = name
+        self.plan = Schedule.of(config, num_layers=layers, block_size=unit)
+        self.score = scorer(config.choose, config.pooling, config.spread)
 
 
 class Pruned:
@@ -69,14 +80,14 @@ class Pruned:
         self.hidden = self.hidden + layer.self_attn.o_proj(attended)
         self.hidden = self.hidden + layer.mlp(layer.post_attention_layernorm(self.hidden))
 
-    def leave_out(self, number: int, plan: Schedule, span: int, num_tokens: int) -> None:
+    def leave_out(self, number: int, way: Way, span: int, num_tokens: int) -> None:
         """Keeps what the last tokens look at in layer `number`, not run yet."""
+        plan = way.plan
         query, key, _ = self.project(self.model.layers[number])
         rows, size = query[0].transpose(0, 1)[-plan.observe :], plan.page_tokens
         paid = attention_paid(rows, key[0].transpose(0, 1), rows.shape[-1] ** -0.5)
         units, within = np.unique(self.positions.numpy() // size, return_inverse=True)
-        summed = np.bincount(within, weights=paid.numpy())
-        importance = (summed / np.bincount(within)).astype(np.float32)
+        importance = way.score(paid, size)
         always = plan.always_kept(num_tokens, 0, num_tokens)[units]
         count = plan.num_kept(span, math.ceil(num_tokens / size), int(always.sum()))
         kept = torch.from_numpy(most_important(importance, always, count)[within])
@@ -95,19 +106,19 @@ class Pruned:
         return said
 
 
-def schedules(model, keep, units: list[int]) -> dict[str, Schedule]:
-    """By name; the whole prompt first."""
-    layers = model.config.num_hidden_layers
-    config = LazyConfig(keep=keep, revive="off")
-    made = {str(u): Schedule.of(config, num_layers=layers, block_size=u) for u in units}
-    return {"all": made[str(units[0])].with_keep(1.0)} | made
+def ways(model, units: list[int], settings: list[dict]) -> list[Way]:
+    """All units with all settings; the whole prompt first."""
+    made = [Way("all", model, units[0], {"keep": 1.0})]
+    for unit in units:
+        made += [Way(f"{unit} {one or ''}", model, unit, one) for one in settings]
+    return made
 
 
-def finish(prompt: Pruned, plan: Schedule, num_tokens: int) -> Pruned:
+def finish(prompt: Pruned, way: Way, num_tokens: int) -> Pruned:
     """Runs the spans after the first."""
-    for k, span in enumerate(plan.spans[1:], 1):
-        if plan.keep[k] < 1:
-            prompt.leave_out(span.first, plan, k, num_tokens)
+    for k, span in enumerate(way.plan.spans[1:], 1):
+        if way.plan.keep[k] < 1:
+            prompt.leave_out(span.first, way, k, num_tokens)
         for number in range(span.first, span.stop):
             prompt.run(number)
     return prompt
@@ -119,26 +130,26 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--keep", type=json.loads, default=0.1)
     parser.add_argument("--units", type=json.loads, default=[1, 16, 32, 64, 128])
+    parser.add_argument("--settings", type=json.loads, default=[{}], help="of lazyllm")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    plans = schedules(model, options.keep, options.units)
-    right: dict[str, list[bool]] = {name: [] for name in plans}
+    asked = ways(model, options.units, options.settings)
+    right: dict[str, list[bool]] = {way.name: [] for way in asked}
     for question in tqdm(tasks.made(tokenizer, options.length, options.questions)):
         ids = torch.tensor([question.token_ids])
         begun, num_tokens = Pruned(model, model.model.embed_tokens(ids)), ids.shape[1]
-        for number in range(plans["all"].spans[0].stop):
+        for number in range(asked[0].plan.spans[0].stop):
             begun.run(number)
-        for name, plan in plans.items():
-            prompt = finish(begun.copy(), plan, num_tokens)
+        for way in asked:
+            prompt = finish(begun.copy(), way, num_tokens)
             said = prompt.answer(num_tokens, question.max_tokens)
-            right[name].append(tasks.is_right(question, tokenizer.decode(said)))
+            right[way.name].append(tasks.is_right(question, tokenizer.decode(said)))
     for name, ours in right.items():
         lost, won = prefill.lost_and_won(ours, right["all"])
         p = prefill.mcnemar_p(lost, won)
-        print(f"{name:4} {statistics.fmean(ours):.3f}  lost {lost} won {won}  p {p:.3f}")
+        print(f"{name:24} {statistics.fmean(ours):.3f}  lost {lost} won {won}  p {p:.3f}")
 
 
 if __name__ == "__main__":

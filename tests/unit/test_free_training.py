@@ -17,6 +17,7 @@ from vllm_accel.testing import write_tiny_model
 from vllm_accel.train import exit_run
 from vllm_accel.training import data, free, runs
 from vllm_accel.training.free import ExitRun
+from vllm_accel.training.precision import fast_dtype
 
 VOCAB = 64
 
@@ -128,7 +129,7 @@ def test_the_figures_are_written_and_told(adapter_run):
 
 def test_a_frozen_base_stays_as_it_is_to_the_bit(tmp_path, model, rows):
     run = asked(model, rows, tmp_path / "out", freeze_base=True, epochs=1.0)
-    begun = runs.prepare(run, torch.bfloat16)
+    begun = runs.prepare(run, fast_dtype())
     training = free._new_model(run, begun.base)
     before = {name: w.clone() for name, w in begun.base.state_dict().items()}
     adapter = {name: w.clone() for name, w in training.adapter.state_dict().items()}
