@@ -314,7 +314,7 @@ def test_a_document_says_where_and_with_what():
     content = results.document(["a", "b"], "cpu")
     assert set(content) == {"machine", "versions", "command", "date", "rows"}
     assert set(content["versions"]) == {"vllm", "torch", "vllm_accel", "python"}
-    keys = {"cpu", "cores", "memory_gib", "platform", "device"}
+    keys = {"cpu", "instructions", "cores", "memory_gib", "platform", "device"}
     assert set(content["machine"]) == keys
     assert content["machine"]["cores"] >= 1
 
