@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm import _custom_ops as ops
 
+from vllm_accel.host.v1.lazyllm.attention import Scores
 from vllm_accel.host.v1.lazyllm.keys import KeyLayout
 
 
@@ -53,3 +54,23 @@ def test_so_do_keys_in_an_order_without_strides():
     cache, key = torch.zeros(2, 2, 64, 64), torch.randn(128, 2, 32)
     layer.impl.do_kv_cache_update(layer, key, key, cache, None)
     assert torch.equal(layout.keys(cache, torch.tensor([0, 1]), 100), key[:100])
+
+
+def test_drafts_have_no_say_in_what_matters():
+    """A lane's rows behind the token given last change nothing and get nothing."""
+    keys, query = torch.randn(10, 2, 8), torch.randn(3, 4, 8)
+    layout = SimpleNamespace(keys=lambda cache, blocks, seq_len: keys[:seq_len])
+
+    def found(rows, seq_len, drafts):
+        metadata = SimpleNamespace(
+            query_start_loc=torch.tensor([0, len(rows)]),
+            seq_lens=torch.tensor([seq_len]),
+            block_table=torch.tensor([[1]]),
+        )
+        scores = Scores("layer", {"a": 0}, layout, 32, 8, drafts)
+        scores.take(0.3, rows, None, metadata)
+        return scores.found["a"]
+
+    alone = found(query[:1], 8, {})
+    assert torch.equal(found(query, 10, {"a": 2}), torch.nn.functional.pad(alone, (0, 2)))
+    assert not torch.allclose(found(query, 10, {})[:8], alone)

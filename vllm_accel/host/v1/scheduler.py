@@ -120,7 +120,8 @@ class AccelScheduler(AsyncScheduler):
         """Counts what requests were given; takes drafts that the workers did not keep."""
         report = attached(model_runner_output)
         if report is not None:
-            self._final.update(report.final)
+            given = report.final.items()  # some to requests that ended meanwhile
+            self._final.update({r: n for r, n in given if r in self.requests})
         self._note_empty_room(scheduler_output, report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         busy = self.has_unfinished_requests()
