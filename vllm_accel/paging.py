@@ -40,19 +40,19 @@ def num_pages(num_tokens: int, block_size: int) -> int:
 
 def slots(
     row: Sequence[int],
-    positions: NDArray[np.int64],  # [num_tokens]
+    places: NDArray[np.int64],  # [num_tokens]
     block_size: int,
 ) -> NDArray[np.int64]:
     """[num_tokens] where a request's tokens lie in the cache.
 
     Args:
         row: block ids of the request in one group.
-        positions: of the tokens; all in pages that are there.
+        places: of the tokens, counted along the row; all in pages that are there.
         block_size: tokens in a page.
     """
-    pages, offsets = np.divmod(positions, block_size)
+    pages, offsets = np.divmod(places, block_size)
     blocks = np.asarray(row, dtype=np.int64)[pages]
-    assert (blocks != NULL_BLOCK).all(), f"tokens {positions} in a null page of {row}"
+    assert (blocks != NULL_BLOCK).all(), f"tokens at {places} in a null page of {row}"
     result: NDArray[np.int64] = blocks * block_size + offsets
     return result
 
@@ -78,21 +78,31 @@ def without_nulls(
     return table, seq_lens - missing * block_size
 
 
-def compact_pages(num_kept: int, num_tokens: int, block_size: int) -> int:
-    """Pages of a prompt to hold on to when its kept tokens move into the first slots.
+def filling_pages(count: int, first: int, stop: int, block_size: int) -> int:
+    """The least number of tokens, at least `count`, that leave no page half empty.
 
-    The scheduler adds a page when the *logical* length fills one. Tokens to come must
-    never wait for it, so one page more is held where the kept ones fill their last page
-    before the prompt would have filled its own.
+    Of tokens [first, stop) some are kept and moved together: into what is free of the page
+    of `first`, the others into the last slots before `stop`. What lies between are whole
+    pages, which can be given back; the last page stays, and tokens to come lie where they
+    would have.
 
     Args:
-        num_kept: tokens kept, at least 1.
-        num_tokens: tokens of the prompt.
+        count: tokens to keep, at most `stop - first`.
         block_size: tokens in a page.
     """
-    kept_room = -num_kept % block_size
-    prompt_room = -num_tokens % block_size
-    return num_pages(num_kept, block_size) + (kept_room < prompt_room)
+    head = min(-first % block_size, stop - first)
+    pages = num_pages(stop - first - head, block_size)
+    end = stop - first - head - (pages - 1) * block_size if pages else 0
+    more = max(count - head - end, 0)
+    return head + end + num_pages(more, block_size) * block_size
+
+
+def moved_together(count: int, first: int, stop: int, block_size: int) -> NDArray[np.int64]:
+    """[count] the places of so many tokens, see `filling_pages`, ascending."""
+    head = min(-first % block_size, stop - first)
+    return np.concatenate(
+        [np.arange(first, first + head), np.arange(stop - count + head, stop)]
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,13 @@ class Lane:
     pages: NDArray[np.int64]  # [num_pages] pages seen, ascending; all but the last full
     seq_len: int
     """Tokens seen, own rows included."""
+    moved: NDArray[np.int64] | None = None  # [num_rows]
+    """Where the rows lie, counted along the request's pages; None: at their positions."""
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[num_rows] where the rows lie, counted along the request's pages."""
+        return self.positions if self.moved is None else self.moved
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -147,26 +154,12 @@ Rows = Callable[[str], Sequence[int]]
 
 
 def view_of(lanes: Sequence[Lane], rows: Rows, block_size: int) -> View:
-    """The view of lanes whose tokens lie in their own slots, page by page."""
+    """The view of lanes: pages they see, slots they write to."""
     return _view(
         lanes,
         [np.asarray(rows(lane.req_id))[lane.pages] for lane in lanes],
-        [slots(rows(lane.req_id), lane.positions, block_size) for lane in lanes],
+        [slots(rows(lane.req_id), lane.places, block_size) for lane in lanes],
     )
-
-
-def compact_view_of(lanes: Sequence[Lane], rows: Rows, block_size: int) -> View:
-    """The view of lanes whose tokens were moved together into the first slots.
-
-    Pages of such a lane are single tokens; it sees them in the order they lie in.
-    """
-    tables, places = [], []
-    for lane in lanes:
-        there = [block for block in rows(lane.req_id) if block != NULL_BLOCK]
-        tables.append(np.asarray(there)[: num_pages(lane.seq_len, block_size)])
-        place = np.arange(lane.seq_len - len(lane), lane.seq_len)
-        places.append(slots(there, place, block_size))
-    return _view(lanes, tables, places)
 
 
 def _view(

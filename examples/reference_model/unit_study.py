@@ -9,7 +9,6 @@ comes back), at equal shares kept. The layers before the first pruning point run
 
 import argparse
 import json
-import math
 import statistics
 
 import numpy as np
@@ -84,12 +83,12 @@ class Pruned:
         """Keeps what the last tokens look at in layer `number`, not run yet."""
         plan = way.plan
         query, key, _ = self.project(self.model.layers[number])
-        rows, size = query[0].transpose(0, 1)[-plan.observe :], plan.page_tokens
+        rows, size = query[0].transpose(0, 1)[-plan.observe :], plan.unit
         paid = attention_paid(rows, key[0].transpose(0, 1), rows.shape[-1] ** -0.5)
         units, within = np.unique(self.positions.numpy() // size, return_inverse=True)
         importance = way.score(paid, size)
         always = plan.always_kept(num_tokens, 0, num_tokens)[units]
-        count = plan.num_kept(span, math.ceil(num_tokens / size), int(always.sum()))
+        count = plan.num_kept(span, 0, num_tokens, int(always.sum()))
         kept = torch.from_numpy(most_important(importance, always, count)[within])
         self.hidden, self.positions = self.hidden[:, kept], self.positions[kept]
 

@@ -31,6 +31,7 @@ LAZY = {
     "spread": 0,
 }
 HALF = {**LAZY, "keep": [0.5, 0.25]}
+BY_TOKENS = {"granularity": "token"}
 # Chunked prefill, prefix caching and preemption.
 TIGHT = {"max_num_batched_tokens": 96, "max_num_seqs": 4, "num_gpu_blocks_override": 100}
 
@@ -67,7 +68,7 @@ def counted(result, name, state):
     return result["metrics"].get(f"vllm:accel_{name}|state={state}", 0)
 
 
-def refer(model, ids, keep, budget, steps, most=None):
+def refer(model, ids, keep, budget, steps, most=None, size=PAGE):
     """Greedy tokens of the naive reference, and pages it brought back."""
     torch.set_default_dtype(torch.float64)
     try:
@@ -75,7 +76,8 @@ def refer(model, ids, keep, budget, steps, most=None):
             LlamaLayers(model),
             points=POINTS,
             keep=keep,
-            size=PAGE,
+            size=size,
+            fills=PAGE // size,
             sink=1,
             recent=1,
             budget=budget,
@@ -131,7 +133,20 @@ def test_a_prompt_in_pieces_is_the_references(generate, model):
     assert tokens(found) == [[expected]]
 
 
-def test_dense_requests_are_plains_in_any_company(generate, model):
+@pytest.mark.parametrize("most", [640, 150])
+def test_single_tokens_moved_together_are_the_references(generate, model, most):
+    """In one piece, and in pieces that end within a page."""
+    ids = prompt(427)
+    expected, _ = refer(model, ids, [0.5, 0.25], 0, steps=40, most=most, size=1)
+    engine = ENGINE | {"max_num_batched_tokens": most, "max_num_seqs": 4}
+    arguments = {"model": model, **engine, **lazily(**HALF, granularity="token")}
+    found = generate(arguments, [batch(ids, max_tokens=40)])
+    assert tokens(found) == [[expected]]
+    assert counted(found, "prompt_pages", "given_back") > 0
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+def test_dense_requests_are_plains_in_any_company(generate, model, granularity):
     """Beside pruned ones, before and after them, sharing their prefix."""
     shared = prompt(200)
     alone = [batch(prompt(50, seed=9)), batch(shared, extra_args={"lazyllm": 1.0})]
@@ -142,7 +157,8 @@ def test_dense_requests_are_plains_in_any_company(generate, model):
         "sampling": [greedy(), greedy(), greedy(extra_args={"lazyllm": 1.0}), greedy()],
     }
     asked = [pruned, alone[1], pruned, crowd, alone[1], alone[0]]
-    found = generate({"model": model, **ENGINE, **lazily(**HALF)}, asked)
+    arguments = {"model": model, **ENGINE, **lazily(**HALF, granularity=granularity)}
+    found = generate(arguments, asked)
     said = tokens(found)
     assert said[1] == said[4] == plain[1]
     assert said[5] == plain[0]
@@ -168,7 +184,8 @@ def test_a_response_says_whether_its_prompt_was_pruned_if_asked(generate, model)
     assert reports == [{"pruned": True}, dense, dense, None]
 
 
-def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model):
+@pytest.mark.parametrize("more", [{"revive_pages": 4}, BY_TOKENS])
+def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model, more):
     """Everybody is answered; those who asked for all of their prompt as by plain."""
     asked = {
         "prompts": MIXED,
@@ -176,8 +193,7 @@ def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model):
     }
     arguments = {"model": model, **ENGINE, **TIGHT}
     plain = tokens(generate(arguments, [asked]))[0]
-    settings = {**LAZY, "keep": [0.5, 0.25], "revive_pages": 4}
-    found = generate(arguments | lazily(**settings), [batch(*MIXED, max_tokens=60), asked])
+    found = generate(arguments | lazily(**HALF, **more), [batch(*MIXED, max_tokens=60), asked])
     assert [len(said) for said in tokens(found)[0]] == [60] * 6
     assert tokens(found)[1] == plain
     assert found["metrics"]["vllm:num_preemptions"] > 0
@@ -252,19 +268,22 @@ if __name__ == "__main__":
     runner = core.model_executor.driver_worker.worker.model_runner
     print("RESULT", json.dumps({
         "free": [free, pool.get_num_free_blocks()],
-        "aux": runner._pruner.aux.num_requests(),
+        "aux": runner._pruner.aux.num_requests() if runner._pruner.aux else 0,
         "granted": core.scheduler._ledger.pages_granted,
         "given_back": core.scheduler._ledger.pages_given_back,
     }))
 """
 
 
-@pytest.mark.parametrize("drafting", [False, True])
-def test_random_lives_return_every_page(printed, model, drafts, drafting):
+@pytest.mark.parametrize(
+    ("more", "drafting"),
+    [({"revive_pages": 4}, False), ({"revive_pages": 4}, True), (BY_TOKENS, False)],
+)
+def test_random_lives_return_every_page(printed, model, drafts, more, drafting):
     engine = ENGINE | TIGHT | {"disable_log_stats": False}
-    engine |= lazily(**HALF, revive_pages=4)
+    engine |= lazily(**HALF, **more)
     engine |= with_gate(drafts, "vllm_accel.testing:RandomGate") if drafting else {}
     left = printed(["-c", POOL, model, json.dumps(engine)])
     assert left["free"][0] == left["free"][1]
-    assert left["granted"] > 0
+    assert (left["granted"] > 0) == (more != BY_TOKENS)
     assert left["given_back"] > 0

@@ -137,10 +137,6 @@ CASES |= {
     ),
     "lazyllm, points": (lazily(prune_after=[2]), "is not inside the model"),
     "lazyllm, small model": (lazily(), "at least 3 layers"),
-    "lazyllm, tokens": (
-        lazily(prune_after=[1], granularity="token"),
-        "granularity 'token'",
-    ),
     "lazyllm, ngram": (
         LAZY | {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         "lazyllm does not work with vLLM's own speculative decoding",

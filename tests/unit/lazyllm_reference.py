@@ -25,10 +25,11 @@ class Reference:
         spread=0,
         every=1,
         ahead=True,
+        fills=1,
     ):
         self.toy, self.size, self.sink, self.recent = toy, size, sink, recent
         self.observe, self.every, self.ahead = observe, every, ahead
-        self.spread = spread
+        self.spread, self.fills = spread, fills
         edges = [0, *points, toy.num_layers]
         self.spans = [range(a, b) for a, b in pairwise(edges)]
         self.keep, self.budget = [1.0, *keep], budget
@@ -111,7 +112,18 @@ class Reference:
 
     def _count(self, k, pages, edges=()):
         always = sum(self._always(page, edges) for page in pages)
-        return max(math.ceil(round(self.keep[k] * len(pages), 6)), always)
+        count = max(math.ceil(round(self.keep[k] * len(pages), 6)), always)
+        while not self._fills_pages(count, pages):
+            count += 1
+        return count
+
+    def _fills_pages(self, count, tokens):
+        """Whether so many, the first behind what is there, end where the piece does."""
+        head = min(-tokens[0] % self.fills, len(tokens))
+        left = count - head
+        if head == len(tokens):
+            return left == 0
+        return left > 0 and (tokens[-1] + 1 - left) % self.fills == 0
 
     def _best(self, k, pages, count, edges=()):
         score = self.scores[k]

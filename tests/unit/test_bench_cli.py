@@ -221,6 +221,7 @@ def test_a_decode_bench_boots_runs_writes_and_closes(bench, capsys):
     plain, ngram = (engine.arguments for engine in host.engines)
     assert ngram.pop("speculative_config")["method"] == "ngram"
     sizes = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**28}
+    sizes["dtype"] = "auto"
     assert plain == ngram == {"model": "M"} | sizes
     assert capsys.readouterr().out.splitlines()[0].startswith("method ")
 

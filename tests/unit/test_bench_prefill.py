@@ -158,6 +158,17 @@ def test_methods_are_arguments_of_engines_dense_first():
     assert arguments["lazyllm"]["additional_config"] == {"lazyllm": {"keep": 0.3}}
 
 
+def test_lazyllm_by_pages_and_by_tokens_side_by_side():
+    names = ["lazyllm-page", "lazyllm-token"]
+    arguments = methods.prefill_arguments(names, Settings("M", lazyllm={"keep": 0.3}))
+    pages, tokens = (
+        LazyConfig.from_mapping(arguments[name]["additional_config"]["lazyllm"])
+        for name in names
+    )
+    assert (pages.granularity, pages.keep, pages.revives) == ("page", 0.3, True)
+    assert (tokens.granularity, tokens.keep, tokens.revives) == ("token", 0.3, False)
+
+
 @pytest.mark.parametrize(
     ("given", "last"),
     [

@@ -147,10 +147,19 @@ def test_a_point_beyond_the_model_is_refused():
 
 def test_kept_pages_are_the_share_rounded_up_and_never_less_than_what_stays():
     plan = schedule(prune_after=(3, 6), keep=(0.1, 0.01))
-    assert plan.num_kept(0, 30, 2) == 30
-    assert plan.num_kept(1, 30, 2) == 3
-    assert plan.num_kept(2, 30, 2) == 2
-    assert schedule(prune_after=(3, 6), keep=(0.07, 0.07)).num_kept(1, 100, 2) == 7
+    assert plan.num_kept(0, 0, 120, 2) == 30
+    assert plan.num_kept(1, 0, 120, 2) == 3
+    assert plan.num_kept(2, 0, 120, 2) == 2
+    assert plan.num_kept(1, 82, 120, 1) == 1
+    assert schedule(prune_after=(3, 6), keep=(0.07, 0.07)).num_kept(1, 0, 400, 2) == 7
+
+
+def test_single_tokens_are_kept_until_they_fill_pages():
+    plan = schedule(prune_after=(3, 6), keep=(0.1, 0.01), granularity="token")
+    assert plan.num_kept(0, 0, 120, 2) == 120
+    assert plan.num_kept(1, 0, 120, 2) == 12
+    assert plan.num_kept(2, 0, 120, 2) == 4
+    assert plan.num_kept(1, 0, 118, 2) == 14
 
 
 def test_sink_window_last_token_and_a_page_begun_before_are_always_kept():
@@ -171,9 +180,9 @@ def test_no_prompt_parks_more_than_it_was_given_room_for():
 def test_ratios_are_those_of_the_schedule():
     plan = schedule(prune_after=(4, 8), keep=(0.5, 0.25), sink=0, recent=1)
     assert plan.layers_ratio() == pytest.approx((1 + 0.5 + 0.25) / 3)
-    assert plan.pages_ratio(4000, 4, float("inf")) == pytest.approx(1.75 / 3)
+    assert plan.pages_ratio(4000, float("inf")) == pytest.approx(1.75 / 3)
     aux = (4000 * 0.75 / 16) / 3000
-    assert plan.pages_ratio(4000, 4, 16) == pytest.approx(1.75 / 3 + aux, abs=1e-3)
+    assert plan.pages_ratio(4000, 16) == pytest.approx(1.75 / 3 + aux, abs=1e-3)
 
 
 def test_short_prompts_and_those_kept_whole_are_left_alone():

@@ -1,4 +1,4 @@
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from vllm_accel.paging import (
     PageLedger,
     PageReport,
     WorkerPages,
-    compact_pages,
+    filling_pages,
+    moved_together,
     num_pages,
     slots,
     without_nulls,
@@ -52,14 +53,32 @@ def test_what_lies_behind_a_requests_last_page_is_not_read():
     assert lens.tolist() == [1]
 
 
-@given(st.integers(1, 60), st.data())
-def test_compacted_tokens_to_come_always_find_a_page(num_tokens, data):
-    kept = data.draw(st.integers(1, num_tokens))
-    held = compact_pages(kept, num_tokens, 4)
-    assert held <= num_pages(num_tokens, 4)
-    for new in range(20):
-        appended = num_pages(num_tokens + new, 4) - num_pages(num_tokens, 4)
-        assert held + appended >= num_pages(kept + new, 4)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
+def test_tokens_moved_together_leave_no_page_half_empty(lengths, data):
+    places, first = [], 0
+    for length in lengths:
+        stop = first + length
+        wanted = data.draw(st.integers(1, length))
+        count = filling_pages(wanted, first, stop, 4)
+        assert wanted <= count <= length
+        moved = moved_together(count, first, stop, 4).tolist()
+        assert len(moved) == count
+        places += moved
+        first = stop
+    assert places == sorted(set(places))
+    assert places[-1] == first - 1
+    filled = Counter(place // 4 for place in places)
+    last = (first - 1) // 4
+    assert all(count == 4 for page, count in filled.items() if page != last)
+    assert filled[last] == first - 4 * last
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "stop", "expected"),
+    [(3, 0, 16, 4), (4, 0, 16, 4), (1, 0, 15, 3), (4, 0, 15, 7), (1, 6, 16, 6), (3, 6, 15, 5)],
+)
+def test_no_more_tokens_are_kept_than_that_takes(count, first, stop, expected):
+    assert filling_pages(count, first, stop, 4) == expected
 
 
 def start(ledger, books, pages=6):

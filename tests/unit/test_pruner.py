@@ -37,7 +37,8 @@ def refer(engine, keep, budget, **more):
         engine.toy,
         points=(1, 2),
         keep=keep,
-        size=engine.size,
+        size=engine.pruner.schedule.unit,
+        fills=engine.size // engine.pruner.schedule.unit,
         sink=1,
         recent=1,
         budget=budget,
@@ -165,14 +166,31 @@ def test_keeping_everything_gives_plains_tokens(revive):
     assert (lazy.steps_in_spans, nearly.steps_in_spans) == (0, 1)
 
 
-def test_tokens_moved_together_give_what_tokens_in_their_slots_give():
-    apart = make(size=1, keep=(0.4, 0.2), revive="off")
-    together = make(size=4, keep=(0.4, 0.2), granularity="token")
-    for engine in (apart, together):
-        engine.add("a", prompt(39))
-        engine.generate(["a"], 30)
-    assert apart.tokens["a"] == together.tokens["a"]
-    assert together.ledger.pages_given_back > 0
+@pytest.mark.parametrize("most", [39, 16, 10, 3])
+def test_single_tokens_moved_together_equal_the_reference(most):
+    engine = make(keep=(0.5, 0.25), granularity="token")
+    run_alike(engine, refer(engine, (0.5, 0.25), budget=0), most)
+    assert (engine.ledger.pages_given_back > 0) == (most > 3)
+
+
+def test_single_tokens_are_pruned_behind_a_cached_prefix():
+    engine = make(keep=(0.5, 0.25), granularity="token")
+    reference = refer(engine, (0.5, 0.25), budget=0)
+    engine.add("dense", prompt(16), keep=1.0)
+    engine.step(["dense"])
+    engine.add("a", prompt(39), cached=("dense", 16))
+    reference.prompt_len = 39
+    reference.piece(prompt(39)[:16], dense=True)
+    agree(engine.step(["a"])["a"], reference.piece(prompt(39)[16:]))
+
+
+def test_pages_that_single_tokens_leave_go_back_to_the_pool():
+    engine = make(keep=(0.5, 0.25), granularity="token")
+    engine.add("a", prompt(40))
+    engine.generate(["a"], 1)
+    held = sum(engine.books.owners().values())
+    assert held == 10 + 5 + 3 * 2
+    assert held / 40 == engine.pruner.schedule.pages_ratio(40, float("inf"))
 
 
 def test_a_dense_request_beside_pruned_ones_is_what_it_is_alone():
@@ -287,7 +305,7 @@ def test_pages_of_pruned_tokens_go_back_to_the_pool():
     engine.generate(["a"], 1)
     held = sum(engine.books.owners().values())
     schedule = engine.pruner.schedule
-    assert held / 40 == schedule.pages_ratio(40, 4, float("inf"))
+    assert held / 40 == schedule.pages_ratio(40, float("inf"))
     assert held == 10 + 5 + 3 * 2
 
 

@@ -13,12 +13,11 @@ from vllm_accel.paging import (
     NULL_BLOCK,
     PageLedger,
     WorkerPages,
-    compact_pages,
     num_pages,
     slots,
     without_nulls,
 )
-from vllm_accel.spans import Span, Stream, View, compact_view_of, group_layers, view_of
+from vllm_accel.spans import Span, Stream, View, group_layers, view_of
 
 
 class PoolBooks:
@@ -73,7 +72,6 @@ class ToyEngine:
 
     def __init__(self, toy, config, reserve=0):
         self.toy, self.reserve, self.observe = toy, reserve, config.observe
-        self.compacts = config.granularity == "token"
         self.size = toy.block_size
         schedule = Schedule.of(config, num_layers=toy.num_layers, block_size=self.size)
         self.spans = schedule.spans
@@ -166,7 +164,7 @@ class ToyEngine:
         hidden = run(step, pieces)
         for req_id, spans in step.dropped.items():
             for span, pages in spans.items():
-                self.pages.drop(req_id, span, self._unused(req_id, span, pages))
+                self.pages.drop(req_id, span, pages)
         for wanted in step.wants(self.pages.asked):
             self.pages.want(*wanted)
         self.ledger.settle(self.pages.report())
@@ -174,17 +172,6 @@ class ToyEngine:
         ends = np.cumsum([stop - first for first, stop in pieces.values()]) - 1
         last = torch.from_numpy(np.flatnonzero(np.isin(step.origin, ends)))
         return dict(zip(pieces, self.toy.logits(hidden[last]), strict=True))
-
-    def _unused(self, req_id, span, pages):
-        """KV pages that go with pages of the pruner, which are tokens where it compacts."""
-        if not self.compacts:
-            return pages
-        prompt = self.pruner.prompt(req_id)
-        if not prompt.is_filled:
-            return ()
-        kept = int(prompt.present[span].sum())
-        held = compact_pages(kept, prompt.num_tokens, self.size)
-        return range(held, num_pages(prompt.num_tokens, self.size))
 
     def wipe(self):
         self.toy.kv_cache[:, :, self.books.free_ids] = torch.nan
@@ -206,9 +193,8 @@ class ToyEngine:
         return stream.hidden
 
     def _views(self, k, lanes):
-        make = compact_view_of if self.compacts else view_of
         return {
-            group: make(lanes, lambda r, group=group: self.rows[r][group], self.size)
+            group: view_of(lanes, lambda r, group=group: self.rows[r][group], self.size)
             for group in self.groups[k]
         }
 
@@ -216,10 +202,7 @@ class ToyEngine:
         """Nothing but other metadata per group, as the host's builder makes it."""
         stream = self._embed(pieces)
         for k, span in enumerate(self.spans):
-            if self.compacts:
-                views = self._views(k, step.lanes(k))
-            else:
-                views = {group: self._whole_view(pieces, group) for group in self.groups[k]}
+            views = {group: self._whole_view(pieces, group) for group in self.groups[k]}
             stream, importance = self._layers(span, stream, views, step.scored(k))
             step.note(k, importance)
         return stream.hidden
@@ -244,8 +227,7 @@ class ToyEngine:
         if not asked:
             return {}
         layer, found = self.spans[k + 1].first, {}
-        make = compact_view_of if self.compacts else view_of
-        view = make(lanes, lambda r: self.rows[r][self.group_of[layer]], self.size)
+        view = view_of(lanes, lambda r: self.rows[r][self.group_of[layer]], self.size)
         rows = stream.take(torch.arange(sum(map(len, lanes))))
         self.toy.attend(layer, rows, view, self._scorer(layer, asked, found))
         return found

@@ -202,6 +202,7 @@ def _common(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
+        "dtype": options.dtype,
     }
 
 
@@ -349,6 +350,7 @@ def _add_common(parser: argparse.ArgumentParser, methods: str) -> None:
         metavar="N",
         help=f"of each engine; default {_KV_CACHE_BYTES}",
     )
+    add("--dtype", default="auto", help="of each engine; default: the model's own")
 
 
 def _add_report(kinds: "_Commands") -> None:

@@ -175,6 +175,11 @@ def _lazyllm(settings: Settings, **baseline: Any) -> dict[str, Any]:
     return {"additional_config": config, "block_size": LAZY_PAGE}
 
 
+def _by_tokens(settings: Settings) -> dict[str, Any]:
+    """Tokens kept one by one, as in the paper; none comes back."""
+    return _lazyllm(settings, granularity="token", revive="off")
+
+
 def _random_drop(settings: Settings) -> dict[str, Any]:
     """As much of a prompt as lazyllm keeps, where it keeps it, chosen by chance."""
     return _lazyllm(settings, choose="random", revive="off")
@@ -191,6 +196,8 @@ PREFILL: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "dense": lambda settings: {},
     "dense-whole": lambda settings: {"max_num_batched_tokens": WHOLE_PROMPT},
     "lazyllm": _lazyllm,
+    "lazyllm-page": lambda settings: _lazyllm(settings, granularity="page"),
+    "lazyllm-token": _by_tokens,
     "random-drop": _random_drop,
     "static-prune": _static_prune,
 }

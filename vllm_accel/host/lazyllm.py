@@ -78,7 +78,6 @@ def _refuse_unsupported(
         *_of_models(model_config),
         _of_drafting(engine_args, method),
         *_of_engines(engine_args, parallel_config),
-        *_of_settings(config),
     ):
         if found:
             raise UnsupportedHost(
@@ -152,8 +151,3 @@ def _of_engines(engine_args: EngineArgs, parallel_config: Any) -> list[_Check]:
         ("a scheduler or worker of your own", own, "neither"),
         ("Model Runner V2", bool(envs.VLLM_USE_V2_MODEL_RUNNER), "the variable unset"),
     ]
-
-
-def _of_settings(config: LazyConfig) -> list[_Check]:
-    tokens = config.granularity == "token"
-    return [("granularity 'token'", tokens, "lazyllm.granularity 'page'")]

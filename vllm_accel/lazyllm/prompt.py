@@ -1,4 +1,8 @@
-"""One prompt: which of its pages have come how far, and which matter now."""
+"""One prompt: which of its units have come how far, and which matter now.
+
+A unit is what is kept or left out as one: a page, or where `granularity` is "token" a
+token. Tokens that are kept one by one are moved together (`paging.filling_pages`).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +12,7 @@ from numpy.typing import NDArray
 
 from vllm_accel.lazyllm.importance import most_important
 from vllm_accel.lazyllm.schedule import Schedule
-from vllm_accel.paging import num_pages
+from vllm_accel.paging import moved_together, num_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +25,9 @@ class Missing:
 
 
 class PrunedPrompt:
-    """Progress of a prompt's pages through the spans.
+    """Progress of a prompt's units through the spans.
 
-    A page is in the KV cache of a span or it is not; a page in no cache from span `k` on
+    A unit is in the KV cache of a span or it is not; one in no cache from span `k` on
     waits before span `k`. Generated tokens run everything and are not kept track of.
 
     Args:
@@ -37,20 +41,25 @@ class PrunedPrompt:
     ) -> None:
         self.schedule = schedule
         self.num_tokens = num_tokens
-        pages = num_pages(num_tokens, schedule.page_tokens)
+        units = num_pages(num_tokens, schedule.unit)
         num_spans = len(schedule.spans)
         self.passed = np.zeros(num_tokens, dtype=np.int16)
         """[num_tokens] spans that each token has run, in their order."""
         self.passed[:num_cached_tokens] = num_spans
-        self.present = np.zeros((num_spans, pages), dtype=np.bool_)
-        """[num_spans, num_pages] pages in the KV cache of a span."""
-        cached = num_pages(num_cached_tokens, schedule.page_tokens)
+        self.present = np.zeros((num_spans, units), dtype=np.bool_)
+        """[num_spans, num_units] units in the KV cache of a span."""
+        cached = num_pages(num_cached_tokens, schedule.unit)
         self.present[:, :cached] = True
-        self._importance = np.full((num_spans - 1, pages), np.nan, dtype=np.float32)
-        """[num_spans - 1, num_pages] at the end of a span, as the last token saw it."""
+        self._moved = np.tile(np.arange(num_tokens if self.moves else 0), (num_spans, 1))
+        """[num_spans, num_tokens] where tokens lie in the KV cache of a span; empty where
+        all lie at their positions."""
+        self._importance = np.full((num_spans - 1, units), np.nan, dtype=np.float32)
+        """[num_spans - 1, num_units] at the end of a span, as the last token saw it."""
         self._always = schedule.always_kept(num_tokens, 0, num_tokens)
         always = int(self._always.sum())
-        self._counts = [schedule.num_kept(k, pages, always) for k in range(num_spans)]
+        self._counts = [
+            schedule.num_kept(k, 0, num_tokens, always) for k in range(num_spans)
+        ]
 
     @property
     def is_filled(self) -> bool:
@@ -62,26 +71,49 @@ class PrunedPrompt:
         """Whether nothing of it is missing anywhere."""
         return bool(self.present[-1].all())
 
-    def pages_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[num_pages] pages of the prompt, ascending, that hold any of the tokens."""
-        inside = positions[positions < self.num_tokens]
-        return np.unique(inside // self.schedule.page_tokens)
+    @property
+    def moves(self) -> bool:
+        """Whether tokens are moved together."""
+        return self.schedule.unit < self.schedule.block_size
 
-    def tokens_of(self, page: int) -> NDArray[np.int64]:
-        """[page_tokens] positions in a full page."""
-        first = page * self.schedule.page_tokens
-        return np.arange(first, first + self.schedule.page_tokens)
+    def units_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] units of the prompt, ascending, that hold any of the tokens."""
+        inside = positions[positions < self.num_tokens]
+        return np.unique(inside // self.schedule.unit)
+
+    def tokens_of(self, unit: int) -> NDArray[np.int64]:
+        """[unit] positions in a full unit."""
+        first = unit * self.schedule.unit
+        return np.arange(first, first + self.schedule.unit)
 
     def seen(self, span: int, stop: int) -> NDArray[np.int64]:
-        """[k] pages below a position that are in the KV cache of a span, ascending."""
-        last = num_pages(stop, self.schedule.page_tokens)
+        """[n] units below a position that are in the KV cache of a span, ascending."""
+        last = num_pages(stop, self.schedule.unit)
         present = self.present[span]
         inside = np.flatnonzero(present[:last])
         return np.concatenate([inside, np.arange(len(present), last)])
 
+    def places(self, span: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] where tokens in the KV cache of a span lie, along the request's pages."""
+        if not self.moves:
+            return positions
+        inside = positions < self.num_tokens
+        return np.concatenate([self._moved[span, positions[inside]], positions[~inside]])
+
+    def pages(self, span: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[k] pages, ascending, that hold units in the KV cache of a span."""
+        if not self.moves:
+            return units
+        return np.unique(self.places(span, units) // self.schedule.block_size)
+
+    def origins(self, span: int) -> NDArray[np.int64]:
+        """[k] pages of the prompt, ascending, of which any token runs a span."""
+        tokens = np.flatnonzero(self.present[span]) * self.schedule.unit
+        return np.unique(tokens // self.schedule.block_size)
+
     def start(self, positions: NDArray[np.int64]) -> None:
         """Lets a piece of the prompt into the first span."""
-        self.present[0, self.pages_of(positions)] = True
+        self.present[0, self.units_of(positions)] = True
 
     def bring_back(self, span: int, page: int) -> None:
         """Lets a waiting page into the span it waits for."""
@@ -99,30 +131,30 @@ class PrunedPrompt:
     def note(
         self,
         span: int,
-        pages: NDArray[np.int64],  # [k] seen by the last token, ascending
-        importance: NDArray[np.float32],  # [k]
+        units: NDArray[np.int64],  # [n] seen by the last token, ascending
+        importance: NDArray[np.float32],  # [n]
     ) -> None:
-        """Takes in how much pages matter at the end of a span."""
-        inside = pages < self._importance.shape[1]
-        self._importance[span, pages[inside]] = importance[inside]
+        """Takes in how much units matter at the end of a span."""
+        inside = units < self._importance.shape[1]
+        self._importance[span, units[inside]] = importance[inside]
 
     def prune(
         self,
         span: int,
-        running: NDArray[np.int64],  # [k] pages of the piece that ran the span before
+        running: NDArray[np.int64],  # [n] units of the piece that ran the span before
         piece: tuple[int, int],  # tokens [first, stop) that are prefilled
     ) -> NDArray[np.int64]:
-        """[n] those of the running pages that run `span` too."""
+        """[k] those of the running units that run `span` too."""
         first, stop = piece[0], min(piece[1], self.num_tokens)
         always = self.schedule.always_kept(self.num_tokens, first, stop)[running]
-        size = self.schedule.page_tokens
-        in_piece = num_pages(stop, size) - first // size
-        count = self.schedule.num_kept(span, in_piece, int(always.sum()))
+        count = self.schedule.num_kept(span, first, stop, int(always.sum()))
         importance = self._importance[span - 1, running]
-        assert not np.isnan(importance).any(), f"pages {running} were not scored"
-        chosen = most_important(importance, always, count)
-        kept = running[chosen]
+        assert not np.isnan(importance).any(), f"units {running} were not scored"
+        kept = running[most_important(importance, always, count)]
         self.present[span, kept] = True
+        if self.moves:
+            size = self.schedule.block_size
+            self._moved[span, kept] = moved_together(len(kept), first, stop, size)
         return kept
 
     def missing(self) -> Iterator[Missing]:

@@ -162,24 +162,42 @@ class _Flow:
         """Whether it decodes and misses pages of its prompt."""
         return self.prompt is not None and not self.prefills and not self.prompt.is_whole
 
-    def lane(self, span: int, page_tokens: int) -> Lane:
-        last = num_pages(self.piece[1], page_tokens) - 1
-        pages = np.arange(last + 1)
-        if self.prompt is not None:
-            pages = self.prompt.seen(span, self.piece[1])
-        assert pages[-1] == last, f"{self.req_id} lost the page of its last token"
-        seq_len = (len(pages) - 1) * page_tokens + self.piece[1] - last * page_tokens
-        return Lane(self.req_id, self.positions, pages, seq_len)
+    def units(self, span: int) -> NDArray[np.int64]:
+        """[n] of a pruned prompt, and of what was generated, that the last row sees."""
+        assert self.prompt is not None
+        return self.prompt.seen(span, self.piece[1])
 
-    def lane_ahead(self, span: int, page_tokens: int) -> Lane:
-        """As it would be in the span to come, were none of its rows pruned before."""
+    def units_ahead(self, span: int) -> NDArray[np.int64]:
+        """As they would be after `span`, were none of its rows pruned before."""
+        assert self.prompt is not None
+        return np.union1d(self.units(span + 1), self.prompt.units_of(self.positions))
+
+    def lane(self, span: int, block_size: int) -> Lane:
+        if self.prompt is None:
+            return self._lane(np.arange(num_pages(self.piece[1], block_size)), block_size)
+        pages = self.prompt.pages(span, self.units(span))
+        return self._lane(pages, block_size, self.prompt.places(span, self.positions))
+
+    def lane_ahead(self, span: int, block_size: int) -> Lane:
+        """In the span after `span`, its rows where they lie before it prunes."""
+        if self.prompt is None:
+            return self.lane(span, block_size)
+        running = self.prompt.pages(span, self.prompt.units_of(self.positions))
+        before = self.prompt.pages(span + 1, self.units(span + 1))
+        places = self.prompt.places(span, self.positions)
+        return self._lane(np.union1d(before, running), block_size, places)
+
+    def _lane(
+        self,
+        pages: NDArray[np.int64],
+        block_size: int,
+        places: NDArray[np.int64] | None = None,
+    ) -> Lane:
         stop = self.piece[1]
-        pages = np.arange(num_pages(stop, page_tokens))
-        if self.prompt is not None:
-            running = self.prompt.pages_of(self.positions)
-            pages = np.union1d(self.prompt.seen(span, stop), running)
-        seq_len = (len(pages) - 1) * page_tokens + stop - int(pages[-1]) * page_tokens
-        return Lane(self.req_id, self.positions, pages, seq_len)
+        last = num_pages(stop, block_size) - 1
+        assert pages[-1] == last, f"{self.req_id} lost the page of its last token"
+        seq_len = (len(pages) - 1) * block_size + stop - last * block_size
+        return Lane(self.req_id, self.positions, pages, seq_len, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +226,7 @@ class Step:
     ) -> None:
         self._pruner = pruner
         self._spans = pruner.schedule.spans
-        self._page_tokens = pruner.schedule.page_tokens
+        self._block_size = pruner.schedule.block_size
         self._flows = flows
         self._origin = np.arange(sum(len(flow.positions) for flow in flows))
         self._revivals = [self._revival(*wanted) for wanted in revived]
@@ -237,7 +255,7 @@ class Step:
 
     def lanes(self, span: int) -> list[Lane]:
         """What runs a span, in the order of its rows."""
-        main = [flow.lane(span, self._page_tokens) for flow in self._flows]
+        main = [flow.lane(span, self._block_size) for flow in self._flows]
         return main + [revival.lane() for revival in self._in(span)]
 
     def scored(self, span: int) -> dict[str, int]:
@@ -265,7 +283,7 @@ class Step:
         }
         if not asked or span == len(self._spans) - 1:
             return [], {}
-        lanes = [flow.lane_ahead(span + 1, self._page_tokens) for flow in self._flows]
+        lanes = [flow.lane_ahead(span, self._block_size) for flow in self._flows]
         return lanes, asked
 
     def _asks_ahead(self, flow: _Flow) -> bool:
@@ -294,12 +312,11 @@ class Step:
         """
         for flow in self._flows:
             if flow.prompt is not None and flow.req_id in importance:
-                if self._asks_ahead(flow):
-                    lane = flow.lane_ahead(span + 1, self._page_tokens)
-                else:
-                    lane = flow.lane(span, self._page_tokens)
-                scores = self._pruner.score(importance[flow.req_id], self._page_tokens)
-                flow.prompt.note(span, lane.pages, scores)
+                ahead = self._asks_ahead(flow)
+                units = flow.units_ahead(span) if ahead else flow.units(span)
+                size = flow.prompt.schedule.unit
+                scores = self._pruner.score(importance[flow.req_id], size)
+                flow.prompt.note(span, units, scores)
 
     def leave(
         self, span: int, stream: Stream, importance: Mapping[str, Tensor] | None = None
@@ -366,12 +383,14 @@ class Step:
         flow.prompt.run(span, flow.positions)
         if not flow.prefills or span + 1 == len(self._spans):
             return everything
-        running = flow.prompt.pages_of(flow.positions)
-        kept_pages = flow.prompt.prune(span + 1, running, flow.piece)
-        gone = np.setdiff1d(running, kept_pages, assume_unique=True)
-        parked = np.isin(flow.positions // self._page_tokens, gone)
+        running = flow.prompt.units_of(flow.positions)
+        held = flow.prompt.pages(span, running)
+        kept = flow.prompt.prune(span + 1, running, flow.piece)
+        gone = np.setdiff1d(running, kept, assume_unique=True)
+        parked = np.isin(flow.positions // flow.prompt.schedule.unit, gone)
         if len(gone):
-            self._drop(span, flow.req_id, gone)
+            still = flow.prompt.pages(span + 1, kept)
+            self._drop(span, flow.req_id, np.setdiff1d(held, still, assume_unique=True))
             rows = hidden[torch.from_numpy(parked).to(hidden.device)]
             self._park(span, flow.req_id, flow.positions[parked], rows)
             flow.positions = flow.positions[~parked]

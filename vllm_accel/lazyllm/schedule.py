@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vllm_accel.errors import ConfigError
 from vllm_accel.lazyllm.config import Keep, LazyConfig
-from vllm_accel.paging import num_pages
+from vllm_accel.paging import filling_pages, num_pages
 from vllm_accel.spans import (
     MOST_PADDING_RATIO,
     Span,
@@ -24,15 +24,17 @@ _ROUNDING = 1e-9  # 0.07 * 100 is a little more than 7, and not 8 pages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Spans, and the share of a prompt's pages that each runs."""
+    """Spans, and the share of a prompt's units that each runs: of its pages, or tokens."""
 
     spans: tuple[Span, ...]
     keep: tuple[float, ...]
     """Per span; the first runs everything. Never rises."""
     progressive: bool
     """Whether a request's own `keep` is reached step by step."""
-    page_tokens: int
+    unit: int
     """Tokens kept or pruned as one."""
+    block_size: int
+    """Tokens in a KV-cache page."""
     sink: int
     """Tokens at the start that are always kept."""
     recent: int
@@ -69,7 +71,8 @@ class Schedule:
             spans=spans,
             keep=shares(config.keep, len(points), config.progressive),
             progressive=config.progressive,
-            page_tokens=block_size if config.granularity == "page" else 1,
+            unit=block_size if config.granularity == "page" else 1,
+            block_size=block_size,
             sink=config.sink,
             recent=config.recent,
             min_prompt=config.min_prompt,
@@ -90,33 +93,40 @@ class Schedule:
         """
         return num_tokens >= self.min_prompt and self.keep[-1] < 1
 
-    def num_kept(self, span: int, pages: int, always: int) -> int:
-        """Pages of so many that run a span, `always` of which are never pruned."""
-        return max(math.ceil(self.keep[span] * pages - _ROUNDING), always)
+    def num_kept(self, span: int, first: int, stop: int, always: int) -> int:
+        """Units of the piece [first, stop) that run a span; `always` are never pruned.
+
+        Single tokens are as many as leave no page half empty.
+        """
+        units = num_pages(stop, self.unit) - first // self.unit
+        count = max(math.ceil(self.keep[span] * units - _ROUNDING), always)
+        if self.unit == self.block_size:
+            return count
+        return filling_pages(count, first, stop, self.block_size)
 
     def always_kept(self, num_tokens: int, first: int, stop: int) -> NDArray[np.bool_]:
-        """[num_pages] pages that are never pruned while `[first, stop)` is prefilled.
+        """[num_units] units that are never pruned while `[first, stop)` is prefilled.
 
-        Beside sink and window: the page of the last token, by whose attention the others
-        are judged, and a page whose first tokens came with the piece before.
+        Beside sink and window: that of the last token, by whose attention the others are
+        judged, and a page whose first tokens came with the piece before.
 
         Args:
             num_tokens: of the prompt.
             first: token of the piece.
             stop: end of the piece, at most `num_tokens`.
         """
-        pages = np.arange(num_pages(num_tokens, self.page_tokens))
-        always = pages < num_pages(self.sink, self.page_tokens)
-        always |= pages >= max(num_tokens - self.recent, 0) // self.page_tokens
-        always |= pages == (stop - 1) // self.page_tokens
-        if first % self.page_tokens:
-            always |= pages == first // self.page_tokens
+        units = np.arange(num_pages(num_tokens, self.unit))
+        always = units < num_pages(self.sink, self.unit)
+        always |= units >= max(num_tokens - self.recent, 0) // self.unit
+        always |= units == (stop - 1) // self.unit
+        if first % self.unit:
+            always |= units == first // self.unit
         return always
 
     def most_parked(self, num_tokens: int) -> int:
         """Tokens of a prompt that can wait in the Aux Cache at once."""
-        pages = num_pages(num_tokens, self.page_tokens)
-        return (pages - self.num_kept(-1, pages, 1)) * self.page_tokens
+        units = num_pages(num_tokens, self.unit)
+        return (units - self.num_kept(-1, 0, num_tokens, 1)) * self.unit
 
     def layers_ratio(self) -> float:
         """Rows times layers of a long prompt's prefill, over a dense one's."""
@@ -125,24 +135,22 @@ class Schedule:
         )
         return run / self.spans[-1].stop
 
-    def pages_ratio(self, num_tokens: int, block_size: int, aux_rows: float) -> float:
+    def pages_ratio(self, num_tokens: int, aux_rows: float) -> float:
         """Block ids a pruned prompt holds when prefilled, Aux included, over a dense one.
 
         Args:
             num_tokens: of the prompt.
-            block_size: tokens in a KV-cache page.
             aux_rows: parked tokens that one block holds; infinite without an Aux Cache.
         """
-        pages = num_pages(num_tokens, self.page_tokens)
         always = int(self.always_kept(num_tokens, 0, num_tokens).sum())
         groups = [num_pages(len(span), group_size(self.spans)) for span in self.spans]
         kept = [
-            num_pages(self.num_kept(k, pages, always) * self.page_tokens, block_size)
+            num_pages(self.num_kept(k, 0, num_tokens, always) * self.unit, self.block_size)
             for k in range(len(self.spans))
         ]
         held = sum(n * count for n, count in zip(groups, kept, strict=True))
         held += math.ceil(self.most_parked(num_tokens) / aux_rows)
-        return held / (sum(groups) * num_pages(num_tokens, block_size))
+        return held / (sum(groups) * num_pages(num_tokens, self.block_size))
 
 
 def shares(keep: Keep, num_points: int, progressive: bool = True) -> tuple[float, ...]:

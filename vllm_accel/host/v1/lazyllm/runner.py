@@ -165,7 +165,7 @@ class LazyRunnerMixin:
         latest = self._pruner.latest
         if latest is None:
             return None
-        pages = [np.flatnonzero(there).tolist() for there in latest.present]
+        pages = [latest.origins(k).tolist() for k in range(len(self._schedule.spans))]
         names = [f"[{span.first},{span.stop})" for span in self._schedule.spans]
         return dict(zip(names, pages, strict=True))
 

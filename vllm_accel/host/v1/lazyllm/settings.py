@@ -59,9 +59,7 @@ def pages_ratio(vllm_config: Any, num_tokens: int) -> float:
     heads = model_config.get_num_kv_heads(vllm_config.parallel_config)
     page = 2 * heads * model_config.get_head_size() * block_size
     rows = rows_per_page(page, model_config.get_hidden_size()) * group_size(plan.spans)
-    return plan.pages_ratio(
-        num_tokens, block_size, rows if of(vllm_config).revives else math.inf
-    )
+    return plan.pages_ratio(num_tokens, rows if of(vllm_config).revives else math.inf)
 
 
 def wanted_keep(sampling_params: Any, engine_schedule: Schedule) -> Keep | None:
