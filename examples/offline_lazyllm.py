@@ -1,4 +1,4 @@
-"""Offline: a long prompt, dense and with pages that do not matter left out.
+"""Offline: a long prompt, dense and with tokens that do not matter left out.
 
 python examples/offline_lazyllm.py [MODEL]
 """
@@ -20,7 +20,6 @@ if __name__ == "__main__":
     llm = LLM(
         str(sys.argv[1] if len(sys.argv) > 1 else MODEL),
         additional_config={"lazyllm": {"min_prompt": 512}},
-        block_size=32,
         max_model_len=4096,
         kv_cache_memory_bytes=2**28,
         enable_prefix_caching=False,

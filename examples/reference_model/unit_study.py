@@ -28,7 +28,7 @@ class Way:
     """How a prompt is pruned."""
 
     def __init__(self, name: str, model, unit: int, settings: dict) -> None:
-        config = LazyConfig(revive="off", **settings)
+        config = LazyConfig(granularity="page", revive="off", **settings)
         layers = model.config.num_hidden_layers
         self.name = name
         self.plan = Schedule.of(config, num_layers=layers, block_size=unit)

@@ -22,6 +22,7 @@ ENGINE = {
 }
 POINTS = [2, 4]
 LAZY = {
+    "granularity": "page",
     "prune_after": POINTS,
     "min_prompt": 64,
     "sink": 1,
@@ -139,7 +140,7 @@ def test_single_tokens_moved_together_are_the_references(generate, model, most):
     ids = prompt(427)
     expected, _ = refer(model, ids, [0.5, 0.25], 0, steps=40, most=most, size=1)
     engine = ENGINE | {"max_num_batched_tokens": most, "max_num_seqs": 4}
-    arguments = {"model": model, **engine, **lazily(**HALF, granularity="token")}
+    arguments = {"model": model, **engine, **lazily(**HALF | BY_TOKENS)}
     found = generate(arguments, [batch(ids, max_tokens=40)])
     assert tokens(found) == [[expected]]
     assert counted(found, "prompt_pages", "given_back") > 0
@@ -157,7 +158,7 @@ def test_dense_requests_are_plains_in_any_company(generate, model, granularity):
         "sampling": [greedy(), greedy(), greedy(extra_args={"lazyllm": 1.0}), greedy()],
     }
     asked = [pruned, alone[1], pruned, crowd, alone[1], alone[0]]
-    arguments = {"model": model, **ENGINE, **lazily(**HALF, granularity=granularity)}
+    arguments = {"model": model, **ENGINE, **lazily(**HALF | {"granularity": granularity})}
     found = generate(arguments, asked)
     said = tokens(found)
     assert said[1] == said[4] == plain[1]
@@ -193,7 +194,9 @@ def test_pressed_for_pages_it_declines_preempts_and_ends(generate, model, more):
     }
     arguments = {"model": model, **ENGINE, **TIGHT}
     plain = tokens(generate(arguments, [asked]))[0]
-    found = generate(arguments | lazily(**HALF, **more), [batch(*MIXED, max_tokens=60), asked])
+    found = generate(
+        arguments | lazily(**HALF | more), [batch(*MIXED, max_tokens=60), asked]
+    )
     assert [len(said) for said in tokens(found)[0]] == [60] * 6
     assert tokens(found)[1] == plain
     assert found["metrics"]["vllm:num_preemptions"] > 0
@@ -281,7 +284,7 @@ if __name__ == "__main__":
 )
 def test_random_lives_return_every_page(printed, model, drafts, more, drafting):
     engine = ENGINE | TIGHT | {"disable_log_stats": False}
-    engine |= lazily(**HALF, **more)
+    engine |= lazily(**HALF | more)
     engine |= with_gate(drafts, "vllm_accel.testing:RandomGate") if drafting else {}
     left = printed(["-c", POOL, model, json.dumps(engine)])
     assert left["free"][0] == left["free"][1]

@@ -112,7 +112,7 @@ class Reference:
 
     def _count(self, k, pages, edges=()):
         always = sum(self._always(page, edges) for page in pages)
-        count = max(math.ceil(round(self.keep[k] * len(pages), 6)), always)
+        count = always + math.ceil(round(self.keep[k] * (len(pages) - always), 6))
         while not self._fills_pages(count, pages):
             count += 1
         return count

@@ -172,7 +172,8 @@ def test_lazyllm_by_pages_and_by_tokens_side_by_side():
 @pytest.mark.parametrize(
     ("given", "last"),
     [
-        ({}, LazyConfig().keep),
+        ({}, LazyConfig().kept),
+        ({"granularity": "page"}, 0.1),
         ({"keep": 0.3}, 0.3),
         ({"keep": [0.6, 0.2], "prune_after": [2, 4]}, 0.2),
     ],

@@ -12,6 +12,7 @@ from vllm_accel.lazyllm.config import LazyConfig
 from vllm_accel.testing import write_tiny_model
 
 SMALL = {
+    "granularity": "page",
     "prune_after": (2, 4),
     "min_prompt": 64,
     "sink": 1,

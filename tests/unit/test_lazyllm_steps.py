@@ -13,6 +13,7 @@ from vllm_steps import Steps
 from vllm_accel.testing import write_tiny_model
 
 LAZY = {
+    "granularity": "page",
     "prune_after": [2, 4],
     "min_prompt": 64,
     "sink": 1,

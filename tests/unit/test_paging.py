@@ -75,7 +75,14 @@ def test_tokens_moved_together_leave_no_page_half_empty(lengths, data):
 
 @pytest.mark.parametrize(
     ("count", "first", "stop", "expected"),
-    [(3, 0, 16, 4), (4, 0, 16, 4), (1, 0, 15, 3), (4, 0, 15, 7), (1, 6, 16, 6), (3, 6, 15, 5)],
+    [
+        (3, 0, 16, 4),
+        (4, 0, 16, 4),
+        (1, 0, 15, 3),
+        (4, 0, 15, 7),
+        (1, 6, 16, 6),
+        (3, 6, 15, 5),
+    ],
 )
 def test_no_more_tokens_are_kept_than_that_takes(count, first, stop, expected):
     assert filling_pages(count, first, stop, 4) == expected

@@ -11,6 +11,7 @@ from vllm_accel.lazyllm.config import LazyConfig
 from vllm_accel.toy import ToyDecoder
 
 SMALL = {
+    "granularity": "page",
     "prune_after": (1, 2),
     "min_prompt": 1,
     "sink": 1,
@@ -189,7 +190,7 @@ def test_pages_that_single_tokens_leave_go_back_to_the_pool():
     engine.add("a", prompt(40))
     engine.generate(["a"], 1)
     held = sum(engine.books.owners().values())
-    assert held == 10 + 5 + 3 * 2
+    assert held == 10 + 6 + 3 * 2
     assert held / 40 == engine.pruner.schedule.pages_ratio(40, float("inf"))
 
 
@@ -306,7 +307,7 @@ def test_pages_of_pruned_tokens_go_back_to_the_pool():
     held = sum(engine.books.owners().values())
     schedule = engine.pruner.schedule
     assert held / 40 == schedule.pages_ratio(40, float("inf"))
-    assert held == 10 + 5 + 3 * 2
+    assert held == 10 + 6 + 4 * 2
 
 
 def test_a_preempted_request_starts_again_as_if_it_were_new():

@@ -187,8 +187,8 @@ def _random_drop(settings: Settings) -> dict[str, Any]:
 
 def _static_prune(settings: Settings) -> dict[str, Any]:
     """Down to what lazyllm keeps in the end, once, at its first point."""
-    keep = settings.lazyllm.get("keep", LazyConfig().keep)
-    last = keep[-1] if isinstance(keep, list) and keep else keep
+    kept = LazyConfig.from_mapping(settings.lazyllm).kept
+    last = kept[-1] if isinstance(kept, tuple) else kept
     return _lazyllm(settings, keep=last, progressive=False, revive="off")
 
 

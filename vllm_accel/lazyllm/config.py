@@ -13,6 +13,10 @@ CHOICES = ("attention", "random")
 POOLINGS = ("mean", "max")
 REVIVALS = ("budget", "off")
 
+KEPT_TOKENS = 0.03
+KEPT_PAGES = 0.1
+"""What `keep` is unless it is given: measured on the reference model, docs/LOG.md."""
+
 Keep = float | tuple[float, ...]
 """The share of a prompt that runs the last layers, or the share after every point."""
 
@@ -25,11 +29,10 @@ class LazyConfig:
     """Layers run before each pruning point, ascending. None: a third and two thirds of
     the depth, as near as whole KV-cache groups allow."""
 
-    keep: Keep = 0.1
-    """Share of the prompt, above 0 and at most 1, left after the last pruning point, and
-    more after those before (see `schedule.shares`); or the share left after each. 1
-    prunes nothing. With the default points 0.1 computes 0.43 of a dense prefill's layers,
-    and of its attention 0.35."""
+    keep: Keep | None = None
+    """Share of the prompt, sink and window apart, above 0 and at most 1, that is left after
+    the last pruning point, and more after those before (see `schedule.shares`); or the
+    share left after each. 1 prunes nothing. None: 0.03 of single tokens, 0.1 of pages."""
 
     progressive: bool = True
     """Whether one `keep` is reached step by step over all points. False: at the first, as
@@ -47,8 +50,9 @@ class LazyConfig:
     sooner than the paper, which asks the layer just run. Decoding asks the layer just
     run: in the one to come it has no keys of those it could bring back."""
 
-    granularity: str = "page"
-    """What is kept or pruned as one: a KV-cache "page" or, as in the paper, a "token"."""
+    granularity: str = "token"
+    """What is kept or pruned as one: as in the paper a "token", or a KV-cache "page", of
+    which less can be left out, and which can come back."""
 
     pooling: str = "mean"
     """A page's importance from its tokens': "mean" or "max"."""
@@ -86,7 +90,8 @@ class LazyConfig:
             if isinstance(getattr(self, key), list):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
         _check_points(self.prune_after)
-        _check_keep(self.keep, self.prune_after)
+        if self.keep is not None:
+            _check_keep(self.keep, self.prune_after)
         _check_choice("choose", self.choose, CHOICES)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("pooling", self.pooling, POOLINGS)
@@ -102,6 +107,13 @@ class LazyConfig:
                 "kernels read whole pages, so expected 'off' for tokens; take "
                 "granularity='page' to revive."
             )
+
+    @property
+    def kept(self) -> Keep:
+        """`keep`, or what None means."""
+        if self.keep is not None:
+            return self.keep
+        return KEPT_TOKENS if self.granularity == "token" else KEPT_PAGES
 
     @property
     def revives(self) -> bool:

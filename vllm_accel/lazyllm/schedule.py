@@ -69,7 +69,7 @@ class Schedule:
         check_padding(spans)
         return cls(
             spans=spans,
-            keep=shares(config.keep, len(points), config.progressive),
+            keep=shares(config.kept, len(points), config.progressive),
             progressive=config.progressive,
             unit=block_size if config.granularity == "page" else 1,
             block_size=block_size,
@@ -94,12 +94,16 @@ class Schedule:
         return num_tokens >= self.min_prompt and self.keep[-1] < 1
 
     def num_kept(self, span: int, first: int, stop: int, always: int) -> int:
-        """Units of the piece [first, stop) that run a span; `always` are never pruned.
+        """Units of the piece [first, stop) that run a span.
 
-        Single tokens are as many as leave no page half empty.
+        Those that are never pruned, and the share of the others; of single tokens as many
+        as leave no page half empty.
+
+        Args:
+            always: units of the piece that are never pruned.
         """
-        units = num_pages(stop, self.unit) - first // self.unit
-        count = max(math.ceil(self.keep[span] * units - _ROUNDING), always)
+        others = num_pages(stop, self.unit) - first // self.unit - always
+        count = always + math.ceil(self.keep[span] * others - _ROUNDING)
         if self.unit == self.block_size:
             return count
         return filling_pages(count, first, stop, self.block_size)

@@ -6,7 +6,6 @@ Mixed into whichever runner class vLLM built for the device (see `dress`).
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
