@@ -78,7 +78,7 @@ def without_nulls(
     return table, seq_lens - missing * block_size
 
 
-def filling_pages(count: int, first: int, stop: int, block_size: int) -> int:
+def count_filling_pages(count: int, first: int, stop: int, block_size: int) -> int:
     """The least number of tokens, at least `count`, that leave no page half empty.
 
     Of tokens [first, stop) some are kept and moved together: into what is free of the page
@@ -98,7 +98,7 @@ def filling_pages(count: int, first: int, stop: int, block_size: int) -> int:
 
 
 def moved_together(count: int, first: int, stop: int, block_size: int) -> NDArray[np.int64]:
-    """[count] the places of so many tokens, see `filling_pages`, ascending."""
+    """[count] the places of so many tokens, see `count_filling_pages`, ascending."""
     head = min(-first % block_size, stop - first)
     return np.concatenate(
         [np.arange(first, first + head), np.arange(stop - count + head, stop)]

@@ -41,6 +41,7 @@ def crowd(options: argparse.Namespace, num_bytes: int, **more: object) -> dict:
     length = options.length - options.max_tokens
     llm = LLM(
         options.model,
+        dtype=options.dtype,
         max_model_len=options.length,
         max_num_seqs=options.requests,
         kv_cache_memory_bytes=num_bytes,
@@ -66,12 +67,13 @@ def crowd(options: argparse.Namespace, num_bytes: int, **more: object) -> dict:
     return {"most_at_once": most, "preemptions": counts.preemptions, "seconds": took}
 
 
-def pool_bytes(model: str, length: int, dense: int) -> int:
+def pool_bytes(model: str, length: int, dense: int, dtype: str) -> int:
     """KV cache of so many dense requests, in vLLM's pages of 128, and its null page."""
     with open(f"{model}/config.json") as file:
         config = json.load(file)
     heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
-    page = 128 * layers * heads * config["head_dim"] * 2 * 2
+    itemsize = 4 if dtype == "float32" else 2
+    page = 128 * layers * heads * config["head_dim"] * 2 * itemsize
     return (dense * -(-length // 128) + 1) * page
 
 
@@ -82,11 +84,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--dense", type=int, default=4)
     parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--lazyllm", type=json.loads, default={})
     options = parser.parse_args()
-    num_bytes = pool_bytes(options.model, options.length, options.dense)
+    num_bytes = pool_bytes(options.model, options.length, options.dense, options.dtype)
     print("dense", crowd(options, num_bytes))
-    for name, more in (("lazyllm", {}), ("lazyllm, revive off", {"revive": "off"})):
+    for name, more in (("lazyllm", {}), ("by pages", {"granularity": "page"})):
         settings = {"lazyllm": options.lazyllm | more}
         found = crowd(options, num_bytes, block_size=LAZY_PAGE, additional_config=settings)
         print(name, found)

@@ -73,11 +73,14 @@ def check_ties(found, expected):
     assert len(gaps) <= MAX_TIED_SHARE * len(pairs)
 
 
-def test_two_ranks_prune_as_one_does_but_for_ties(ask):
-    lazy = {"prune_after": [4, 8], "keep": [0.5, 0.25], "min_prompt": 64}
+@pytest.mark.parametrize(
+    "unit", [{"granularity": "page", "revive_pages": 1000}, {"granularity": "token"}]
+)
+def test_two_ranks_prune_as_one_does_but_for_ties(ask, unit):
+    lazy = unit | {"prune_after": [4, 8], "keep": [0.5, 0.25], "min_prompt": 64}
     # What is kept must not depend on when requests meet: no prompt waits, is cut or is
     # preempted, and nobody is left out of what a step may bring back.
-    lazy |= {"sink": 1, "recent": 1, "revive_pages": 1000}
+    lazy |= {"sink": 1, "recent": 1}
     engine = {**FLOAT, "block_size": 32, "kv_cache_memory_bytes": 2**29}
     engine |= {"max_num_batched_tokens": 8192}
     engine |= {"additional_config": {"lazyllm": lazy}}

@@ -213,10 +213,13 @@ def with_gate(drafts, gate):
     return {"speculative_config": drafts["speculative_config"] | {"gate": gate}}
 
 
+@pytest.mark.parametrize("more", [{"revive": "off"}, BY_TOKENS])
 @pytest.mark.parametrize("gate", ["always", "vllm_accel.testing:CoinGate"])
-def test_drafts_change_no_token_where_no_page_comes_back(generate, model, drafts, gate):
+def test_drafts_change_no_token_where_nothing_comes_back(
+    generate, model, drafts, gate, more
+):
     asked = [batch(*MIXED, max_tokens=60), batch(prompt(427), max_tokens=90)]
-    arguments = {"model": model, **ENGINE, **lazily(**HALF, revive="off")}
+    arguments = {"model": model, **ENGINE, **lazily(**HALF | more)}
     alone = generate(arguments, asked)
     both = generate(arguments | with_gate(drafts, gate), asked)
     assert tokens(both) == tokens(alone)

@@ -55,7 +55,8 @@ class Reference:
         }
         pages = sorted({i // self.size for i in rows})
         edges = {first // self.size} if first % self.size else set()
-        edges.add(pages[-1])
+        judging = range(max(self.length - self.observe, first), self.length)
+        edges |= {i // self.size for i in judging}
         for k in range(len(self.spans)):
             prunes = k + 1 < len(self.spans) and not dense
             judges = sorted(rows)[-self.observe :]
@@ -98,8 +99,10 @@ class Reference:
         chosen, found = set(range(-(-self.prompt_len // self.size))), []
         for k in range(1, len(self.spans)):
             judged = sorted(page for page in chosen if page in self.scores[k - 1])
-            count = self._count(k, range(-(-self.prompt_len // self.size)))
-            chosen = self._best(k - 1, judged, count)
+            last = range(max(self.prompt_len - self.observe, 0), self.prompt_len)
+            edges = {i // self.size for i in last}
+            count = self._count(k, range(-(-self.prompt_len // self.size)), edges)
+            chosen = self._best(k - 1, judged, count, edges)
             for page in chosen:
                 if page * self.size not in self.keys[self.spans[k][0]]:
                     found.append((-self.scores[k - 1][page], k, page))
@@ -118,12 +121,15 @@ class Reference:
         return count
 
     def _fills_pages(self, count, tokens):
-        """Whether so many, the first behind what is there, end where the piece does."""
-        head = min(-tokens[0] % self.fills, len(tokens))
-        left = count - head
-        if head == len(tokens):
+        """Whether so many, the first behind what is there, end where the prompt does."""
+        inside = [token for token in tokens if token < self.prompt_len]
+        if self.fills == 1 or not inside:
+            return True
+        head = min(-inside[0] % self.fills, len(inside))
+        left = count - (len(tokens) - len(inside)) - head
+        if head == len(inside):
             return left == 0
-        return left > 0 and (tokens[-1] + 1 - left) % self.fills == 0
+        return left > 0 and (inside[-1] + 1 - left) % self.fills == 0
 
     def _best(self, k, pages, count, edges=()):
         score = self.scores[k]

@@ -177,7 +177,7 @@ class ScriptedEngine:
     def pages_ratio(self, num_tokens):
         return 1.0
 
-    def surviving_pages(self):
+    def pages_run(self):
         return None
 
     def rest(self):

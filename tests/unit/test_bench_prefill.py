@@ -37,7 +37,7 @@ class ScriptedEngine:
     def pages_ratio(self, num_tokens):
         return 1.0
 
-    def surviving_pages(self):
+    def pages_run(self):
         return None
 
     def top2_gap(self, prompt):
@@ -57,8 +57,8 @@ class PruningEngine(ScriptedEngine):
     def pages_ratio(self, num_tokens):
         return num_tokens / 100
 
-    def surviving_pages(self):
-        return {"[0,3)": [0, 1, 2, 3], "[3,12)": [0, 3]}
+    def pages_run(self):
+        return {"[0,3)": [1.0, 1.0, 1.0, 1.0], "[3,12)": [1.0, 0.0, 0.02, 0.98]}
 
 
 class Characters:
@@ -89,9 +89,10 @@ def test_rows_say_times_ratios_and_scores():
     assert (row["score"], row["score_dense"], row["n"]) == (0.5, 1.0, 4)
     assert (row["lost"], row["won"], row["mcnemar_p"]) == (2, 0, 0.5)
     assert (row["kv_pages_ratio"], row["kv_pages_formula"]) == (0.5, 0.1)
-    assert row["strip"] == {"[0,3)": "####", "[3,12)": "#..#"}
+    assert row["strip"] == {"[0,3)": "####", "[3,12)": "#.19"}
+    assert row["rows_run"] == {"[0,3)": 1.0, "[3,12)": 0.5}
     assert short[0]["kv_pages_ratio"] == short[0]["kv_pages_formula"] == 1.0
-    assert short[0]["strip"] is None
+    assert short[0]["strip"] is short[0]["rows_run"] is None
     assert "total_ms" not in row
     assert quick.sampling[0] == {"temperature": 0.0, "max_tokens": 4}
 
@@ -167,6 +168,14 @@ def test_lazyllm_by_pages_and_by_tokens_side_by_side():
     )
     assert (pages.granularity, pages.keep, pages.revives) == ("page", 0.3, True)
     assert (tokens.granularity, tokens.keep, tokens.revives) == ("token", 0.3, False)
+    assert arguments["lazyllm-page"]["block_size"] == methods.LAZY_PAGE
+    assert "block_size" not in arguments["lazyllm-token"]
+
+
+def test_lazyllm_may_be_asked_beside_cerberus():
+    arguments = methods.prefill_arguments(["lazyllm-cerberus"], Settings("M"))
+    assert arguments["lazyllm-cerberus"]["additional_config"] == {"lazyllm": {}}
+    assert arguments["lazyllm-cerberus"]["speculative_config"] == {"method": "cerberus"}
 
 
 @pytest.mark.parametrize(

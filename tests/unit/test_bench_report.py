@@ -46,7 +46,8 @@ def prefill_row(method, length):
         "mcnemar_p": 1.0,
         "kv_pages_ratio": 1.0,
         "kv_pages_formula": 1.0,
-        "strip": {"[0,3)": "####", "[3,12)": "#..#"} if method == "lazyllm" else None,
+        "strip": {"[0,3)": "####", "[3,12)": "#.19"} if method == "lazyllm" else None,
+        "rows_run": {"[0,3)": 1.0, "[3,12)": 0.5} if method == "lazyllm" else None,
     }
 
 
@@ -139,7 +140,7 @@ def test_one_batch_size_is_enough_for_a_picture(tmp_path):
     assert Page(text).found.count("svg") == 2
 
 
-def test_of_a_pruned_prompt_the_surviving_pages_are_drawn(tmp_path):
+def test_of_a_pruned_prompt_what_ran_is_drawn(tmp_path):
     rows = [
         prefill_row(method, length)
         for length in (1024, 4096)

@@ -168,11 +168,17 @@ def test_single_tokens_are_kept_until_they_fill_pages():
 
 
 def test_sink_window_last_token_and_a_page_begun_before_are_always_kept():
-    plan = schedule(sink=5, recent=6)
+    plan = schedule(sink=5, recent=6, observe=1)
     whole = plan.always_kept(39, 0, 39)
     assert np.flatnonzero(whole).tolist() == [0, 1, 8, 9]
     piece = plan.always_kept(39, 10, 22)
     assert np.flatnonzero(piece).tolist() == [0, 1, 2, 5, 8, 9]
+
+
+def test_those_by_whom_others_are_judged_are_always_kept():
+    plan = schedule(sink=0, recent=1, observe=6, granularity="token")
+    assert np.flatnonzero(plan.always_kept(39, 0, 20)).tolist() == [*range(14, 20), 38]
+    assert np.flatnonzero(plan.always_kept(39, 17, 20)).tolist() == [17, 18, 19, 38]
 
 
 def test_no_prompt_parks_more_than_it_was_given_room_for():
@@ -183,7 +189,7 @@ def test_no_prompt_parks_more_than_it_was_given_room_for():
 
 
 def test_ratios_are_those_of_the_schedule():
-    plan = schedule(prune_after=(4, 8), keep=(0.5, 0.25), sink=0, recent=1)
+    plan = schedule(prune_after=(4, 8), keep=(0.5, 0.25), sink=0, recent=1, observe=1)
     assert plan.layers_ratio() == pytest.approx((1 + 0.5 + 0.25) / 3)
     assert plan.pages_ratio(4000, float("inf")) == pytest.approx(1.75 / 3, abs=1e-3)
     aux = (4000 * 0.75 / 16) / 3000

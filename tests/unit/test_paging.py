@@ -13,7 +13,7 @@ from vllm_accel.paging import (
     PageLedger,
     PageReport,
     WorkerPages,
-    filling_pages,
+    count_filling_pages,
     moved_together,
     num_pages,
     slots,
@@ -59,7 +59,7 @@ def test_tokens_moved_together_leave_no_page_half_empty(lengths, data):
     for length in lengths:
         stop = first + length
         wanted = data.draw(st.integers(1, length))
-        count = filling_pages(wanted, first, stop, 4)
+        count = count_filling_pages(wanted, first, stop, 4)
         assert wanted <= count <= length
         moved = moved_together(count, first, stop, 4).tolist()
         assert len(moved) == count
@@ -85,7 +85,7 @@ def test_tokens_moved_together_leave_no_page_half_empty(lengths, data):
     ],
 )
 def test_no_more_tokens_are_kept_than_that_takes(count, first, stop, expected):
-    assert filling_pages(count, first, stop, 4) == expected
+    assert count_filling_pages(count, first, stop, 4) == expected
 
 
 def start(ledger, books, pages=6):

@@ -325,7 +325,7 @@ def _add_prefill(kinds: "_Commands") -> None:
         type=json_object,
         default={},
         metavar="JSON",
-        help='settings for lazyllm, such as {"keep": 0.3}; its pages have 64 tokens; '
+        help='settings for lazyllm, such as {"keep": 0.3}; '
         "random-drop and static-prune keep as much",
     )
     add("--max-model-len", type=whole(1), help="default: the longest prompt and answer")

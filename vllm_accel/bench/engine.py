@@ -45,8 +45,11 @@ class Engine(Protocol):
         """Block ids a prompt should hold once prefilled, over those of a dense one."""
         ...
 
-    def surviving_pages(self) -> dict[str, list[int]] | None:
-        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
+    def pages_run(self) -> dict[str, list[float]] | None:
+        """By span of layers, the share of each page of the latest prompt pruned that ran.
+
+        None if no prompt was pruned.
+        """
         ...
 
     def reset_prefix_cache(self) -> None:

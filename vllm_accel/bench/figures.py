@@ -68,7 +68,15 @@ _PREFILL = _Kind(
     "dense",
     "prompt length, tokens",
     "times sooner than dense",
-    ("lazyllm", "random-drop", "static-prune", "dense-whole"),
+    (
+        "lazyllm",
+        "random-drop",
+        "static-prune",
+        "dense-whole",
+        "lazyllm-page",
+        "lazyllm-token",
+        "lazyllm-cerberus",
+    ),
 )
 
 
@@ -256,20 +264,23 @@ def _scores(rows: Sequence[Row]) -> Callable[[Axes], None]:
     return paint
 
 
+_SHARES = {".": 0.0, "#": 1.0, **{str(tenth): tenth / 10 for tenth in range(1, 10)}}
+"""What a character of a strip means; see `prefill.strip`."""
+
+
 def _strip(row: Row) -> Callable[[Axes], None]:
     """Pages of a prompt from left to right, spans of layers from top to bottom."""
 
     def paint(axes: Axes) -> None:
         lines: dict[str, str] = row["strip"]
-        ran = [[page == "#" for page in line] for line in lines.values()]
+        ran = [[_SHARES[page] for page in line] for line in lines.values()]
         axes.imshow(
             ran, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="none"
         )
-        shares = [f"{sum(line) / len(line):.0%}" for line in ran]
-        names = [f"{span}\n{share}" for span, share in zip(lines, shares, strict=True)]
+        names = [f"{span}\n{share:.0%}" for span, share in row["rows_run"].items()]
         axes.set_yticks(range(len(lines)), names)
         axes.set_ylabel("layers")
-        axes.set_xlabel("page of the prompt; blue: ran these layers")
+        axes.set_xlabel("page of the prompt; the bluer, the more of it ran these layers")
 
     return paint
 

@@ -164,20 +164,27 @@ DECODE: dict[str, Callable[[Settings], dict[str, Any]]] = {
 """Arguments of the engine for each method of `bench decode`."""
 
 LAZY_PAGE = 64
-"""Tokens in a page of the method `lazyllm`: what it keeps or leaves out as one."""
+"""Tokens in a KV page where lazyllm keeps or leaves out pages."""
 
 WHOLE_PROMPT = 8192
 """Tokens of a step of `dense-whole`, as lazyllm has them (`max_whole_prompt`)."""
 
 
 def _lazyllm(settings: Settings, **baseline: Any) -> dict[str, Any]:
-    config = {"lazyllm": settings.lazyllm | baseline}
-    return {"additional_config": config, "block_size": LAZY_PAGE}
+    lazy = settings.lazyllm | baseline
+    by_pages = LazyConfig.from_mapping(lazy).granularity == "page"
+    smaller = {"block_size": LAZY_PAGE} if by_pages else {}
+    return {"additional_config": {"lazyllm": lazy}, **smaller}
 
 
 def _by_tokens(settings: Settings) -> dict[str, Any]:
     """Tokens kept one by one, as in the paper; none comes back."""
     return _lazyllm(settings, granularity="token", revive="off")
+
+
+def _with_cerberus(settings: Settings) -> dict[str, Any]:
+    """Prunes the prompt and drafts the answer."""
+    return _lazyllm(settings) | _cerberus(settings)
 
 
 def _random_drop(settings: Settings) -> dict[str, Any]:
@@ -198,6 +205,7 @@ PREFILL: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "lazyllm": _lazyllm,
     "lazyllm-page": lambda settings: _lazyllm(settings, granularity="page"),
     "lazyllm-token": _by_tokens,
+    "lazyllm-cerberus": _with_cerberus,
     "random-drop": _random_drop,
     "static-prune": _static_prune,
 }

@@ -69,7 +69,7 @@ class PrefillBench:
     def rows(self, groups: Sequence[Sequence[Question]]) -> Iterator[list[Row]]:
         """The rows of one group of questions after the other."""
         for questions in groups:
-            strips = {name: self._strip(name, questions[0]) for name in self._turns}
+            seen = {name: self._seen(name, questions[0]) for name in self._turns}
             self._round(questions[:1])  # not counted
             shares = [questions[n :: self._rounds] for n in range(self._rounds)]
             rounds = [self._round(share) for share in shares]
@@ -78,18 +78,22 @@ class PrefillBench:
                 {"method": name, "prompt_length": length}
                 | row(name, rounds)
                 | ({} if self._max_tokens is None else whole_answers(name, rounds))
-                | {"kv_pages_formula": engine.pages_ratio(length), "strip": strips[name]}
+                | {"kv_pages_formula": engine.pages_ratio(length)}
+                | seen[name]
                 for name, engine in self._turns.items()
             ]
 
-    def _strip(self, name: str, question: Question) -> Strip | None:
+    def _seen(self, name: str, question: Question) -> Row:
         """What a method keeps of a prompt, before decoding brings any of it back."""
         engine = self._turns[name]
         engine.reset_prefix_cache()
         engine.run([question.token_ids], [{"temperature": 0.0, "max_tokens": 1}])
         self._progress(1)
-        pages = engine.surviving_pages()
-        return None if pages is None else strip(pages)
+        pages = engine.pages_run()
+        if pages is None:
+            return {"strip": None, "rows_run": None}
+        means = {span: statistics.fmean(shares) for span, shares in pages.items()}
+        return {"strip": strip(pages), "rows_run": means}
 
     def _round(self, questions: Sequence[Question]) -> Round:
         said: Round = {}
@@ -182,13 +186,18 @@ def mcnemar_p(lost: int, won: int) -> float:
     return min(1.0, 2.0 * tail * 0.5**parted)
 
 
-def strip(pages: Mapping[str, Sequence[int]]) -> Strip:
-    """A line per span of layers: `#` for a page that ran it, `.` for one that did not."""
-    width = 1 + max(max(there) for there in pages.values())
-    return {
-        span: "".join(".#"[page in there] for page in range(width))
-        for span, there in ((span, set(there)) for span, there in pages.items())
-    }
+def strip(pages: Mapping[str, Sequence[float]]) -> Strip:
+    """A line per span of layers: per page `#` if all of it ran the span, `.` if nothing.
+
+    Digits are tenths of it, rounded up.
+    """
+    return {span: "".join(map(_mark, shares)) for span, shares in pages.items()}
+
+
+def _mark(share: float) -> str:
+    if share in (0, 1):
+        return ".#"[int(share)]
+    return str(min(math.ceil(10 * share), 9))
 
 
 def _ratio(of: _Time, name: str, one_round: Round) -> float:

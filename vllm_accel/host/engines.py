@@ -91,11 +91,14 @@ class Engine:
             return 1.0
         return lazy_settings.pages_ratio(self._engine.vllm_config, num_tokens)
 
-    def surviving_pages(self) -> dict[str, list[int]] | None:
-        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
+    def pages_run(self) -> dict[str, list[float]] | None:
+        """By span of layers, the share of each page of the latest prompt pruned that ran.
+
+        None if no prompt was pruned.
+        """
         if not self._prunes:
             return None
-        pages: dict[str, list[int]] | None = self._llm.collective_rpc("surviving_pages")[0]
+        pages: dict[str, list[float]] | None = self._llm.collective_rpc("pages_run")[0]
         return pages
 
     @property

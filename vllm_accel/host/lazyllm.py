@@ -52,11 +52,12 @@ def switch_on(
         engine_args.max_num_batched_tokens = _whole_prompt(config, model_config)
     metrics.open_reader()
     logger.info(
-        "lazyllm is on: spans %s of %d layers keep %s of a prompt, from %d tokens up, in "
-        "one piece up to %d. Answers differ from plain vLLM's.",
+        "lazyllm is on: spans %s of %d layers keep %s of a prompt by %ss, its ends "
+        "apart, from %d tokens up, in one piece up to %d. Answers differ from plain's.",
         " ".join(f"[{span.first},{span.stop})" for span in schedule.spans),
         num_layers,
         " ".join(f"{keep:.2g}" for keep in schedule.keep),
+        config.granularity,
         config.min_prompt,
         engine_args.max_num_batched_tokens,
     )

@@ -6,10 +6,11 @@ Paper and code, section 3 of the paper:
 |---|---|
 | pruning layer l | the last layer of a span |
 | s_i, importance of token i at l (equation 1) | `importance.attention_paid` |
-| k_l-th percentile | `Schedule.keep`: the share of the prompt that runs the next span |
+| k_l-th percentile | `Schedule.keep`: of what may be pruned, the share that runs on |
 | Aux Cache | `aux_cache.AuxCache`, one entry per token instead of one per token and layer |
 
-What differs: pages of tokens are kept or pruned together; a decode step runs on the choice
-that the step before made; a token once brought back to a layer stays in its KV cache and is
-seen by all that come after it.
+What differs: single tokens, once pruned, stay away; where pages are kept or pruned
+together, they come back. A decode step runs on the choice that the step before made. A
+token once brought back to a layer stays in its KV cache and is seen by all that come after
+it.
 """

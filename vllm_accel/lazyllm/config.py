@@ -13,12 +13,12 @@ CHOICES = ("attention", "random")
 POOLINGS = ("mean", "max")
 REVIVALS = ("budget", "off")
 
-KEPT_TOKENS = 0.03
-KEPT_PAGES = 0.1
-"""What `keep` is unless it is given: measured on the reference model, docs/LOG.md."""
+_KEEP = {"token": 0.03, "page": 0.1}
+"""By granularity, `keep` unless it is given: measured, docs/LOG.md."""
 
 Keep = float | tuple[float, ...]
-"""The share of a prompt that runs the last layers, or the share after every point."""
+"""The share of a prompt, beside what always stays, that runs the last layers; or the share
+after every point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +69,10 @@ class LazyConfig:
     by piece, each by its own last token."""
 
     sink: int = 16
-    """Tokens at the start of the prompt always kept; all of their page or pages are."""
+    """Tokens at the start of the prompt always kept; with pages, all of theirs are."""
 
     recent: int = 64
-    """Tokens at the end of the prompt always kept; all of their pages are."""
+    """Tokens at the end of the prompt always kept; with pages, all of theirs are."""
 
     revive: str | None = None
     """Whether decoding brings back what it finds to matter: "budget" or "off". None:
@@ -111,9 +111,7 @@ class LazyConfig:
     @property
     def kept(self) -> Keep:
         """`keep`, or what None means."""
-        if self.keep is not None:
-            return self.keep
-        return KEPT_TOKENS if self.granularity == "token" else KEPT_PAGES
+        return _KEEP[self.granularity] if self.keep is None else self.keep
 
     @property
     def revives(self) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.functional import max_pool1d
 from vllm_accel.paging import num_pages
 
 Scorer = Callable[[Tensor, int], NDArray[np.float32]]
-"""Tokens' importance [context_len] and tokens in a page, to pages' [num_pages]."""
+"""Tokens' importance [context_len] and tokens in a unit, to units' [num_units]."""
 
 _SEED = 0
 
@@ -55,42 +55,40 @@ def spread(
 
 def pooled(
     importance: Tensor,  # [context_len] float32
-    page_tokens: int,
+    unit: int,
     pooling: str,
 ) -> NDArray[np.float32]:
-    """[num_pages] importance of pages; of the last one, as far as it is filled.
+    """[num_units] importance of units; of the last one, as far as it is filled.
 
     Args:
-        page_tokens: tokens in a page.
+        unit: tokens that are kept or pruned as one.
         pooling: "mean" or "max".
     """
     values = importance.float().cpu().numpy()
-    firsts = np.arange(0, len(values), page_tokens)
+    firsts = np.arange(0, len(values), unit)
     found: NDArray[np.float32]
     if pooling == "max":
         found = np.maximum.reduceat(values, firsts)
     else:
-        filled = np.minimum(page_tokens, len(values) - firsts)
+        filled = np.minimum(unit, len(values) - firsts)
         found = np.add.reduceat(values, firsts) / filled.astype(np.float32)
     return found
 
 
 def scorer(choose: str, pooling: str, reach: int = 0) -> Scorer:
-    """What makes pages' importance of their tokens'.
+    """What makes units' importance of their tokens'.
 
     Args:
         choose: "attention", or "random" for numbers that have nothing to do with it: the
-            same on every rank, as all of them draw for the same pages in the same order.
+            same on every rank, as all of them draw for the same units in the same order.
         pooling: see `pooled`.
         reach: see `spread`.
     """
     if choose == "attention":
-        return lambda importance, page_tokens: pooled(
-            spread(importance, reach), page_tokens, pooling
-        )
+        return lambda importance, unit: pooled(spread(importance, reach), unit, pooling)
     rng = np.random.default_rng(_SEED)
-    return lambda importance, page_tokens: rng.random(
-        num_pages(len(importance), page_tokens), dtype=np.float32
+    return lambda importance, unit: rng.random(
+        num_pages(len(importance), unit), dtype=np.float32
     )
 
 

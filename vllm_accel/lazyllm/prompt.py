@@ -1,7 +1,7 @@
 """One prompt: which of its units have come how far, and which matter now.
 
 A unit is what is kept or left out as one: a page, or where `granularity` is "token" a
-token. Tokens that are kept one by one are moved together (`paging.filling_pages`).
+token. Tokens that are kept one by one are moved together (`paging.count_filling_pages`).
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,9 @@ class PrunedPrompt:
         """[num_spans, num_units] units in the KV cache of a span."""
         cached = num_pages(num_cached_tokens, schedule.unit)
         self.present[:, :cached] = True
-        self._moved = np.tile(np.arange(num_tokens if self.moves else 0), (num_spans, 1))
+        self._moved = np.tile(
+            np.arange(num_tokens if schedule.moves else 0), (num_spans, 1)
+        )
         """[num_spans, num_tokens] where tokens lie in the KV cache of a span; empty where
         all lie at their positions."""
         self._importance = np.full((num_spans - 1, units), np.nan, dtype=np.float32)
@@ -71,11 +73,6 @@ class PrunedPrompt:
         """Whether nothing of it is missing anywhere."""
         return bool(self.present[-1].all())
 
-    @property
-    def moves(self) -> bool:
-        """Whether tokens are moved together."""
-        return self.schedule.unit < self.schedule.block_size
-
     def units_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """[n] units of the prompt, ascending, that hold any of the tokens."""
         inside = positions[positions < self.num_tokens]
@@ -95,21 +92,25 @@ class PrunedPrompt:
 
     def places(self, span: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """[n] where tokens in the KV cache of a span lie, along the request's pages."""
-        if not self.moves:
+        if not self.schedule.moves:
             return positions
         inside = positions < self.num_tokens
         return np.concatenate([self._moved[span, positions[inside]], positions[~inside]])
 
     def pages(self, span: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
         """[k] pages, ascending, that hold units in the KV cache of a span."""
-        if not self.moves:
+        if not self.schedule.moves:
             return units
         return np.unique(self.places(span, units) // self.schedule.block_size)
 
-    def origins(self, span: int) -> NDArray[np.int64]:
-        """[k] pages of the prompt, ascending, of which any token runs a span."""
-        tokens = np.flatnonzero(self.present[span]) * self.schedule.unit
-        return np.unique(tokens // self.schedule.block_size)
+    def share_run(self, span: int) -> NDArray[np.float64]:
+        """[num_pages] of every page of the prompt, the share of its tokens in a span."""
+        size = self.schedule.block_size
+        tokens = np.repeat(self.present[span], self.schedule.unit)[: self.num_tokens]
+        firsts = np.arange(0, self.num_tokens, size)
+        run = np.add.reduceat(tokens, firsts, dtype=np.float64)
+        shares: NDArray[np.float64] = run / np.minimum(size, self.num_tokens - firsts)
+        return shares
 
     def start(self, positions: NDArray[np.int64]) -> None:
         """Lets a piece of the prompt into the first span."""
@@ -152,7 +153,7 @@ class PrunedPrompt:
         assert not np.isnan(importance).any(), f"units {running} were not scored"
         kept = running[most_important(importance, always, count)]
         self.present[span, kept] = True
-        if self.moves:
+        if self.schedule.moves:
             size = self.schedule.block_size
             self._moved[span, kept] = moved_together(len(kept), first, stop, size)
         return kept

@@ -30,7 +30,7 @@ class PruneCounts:
     rows: list[int]
     """Per span, token rows that ran it."""
     pages_parked: int = 0
-    """Pages of prompts that stopped before some span."""
+    """Pages of prompts left out of some span, with their tokens parked or not."""
     pages_revived: int = 0
     """Pages run through a span they had stopped before."""
     prompts_pruned: int = 0
@@ -249,6 +249,11 @@ class Step:
         return bool(self._revivals) or any(flow.prefills for flow in self._flows)
 
     @property
+    def parks(self) -> bool:
+        """Whether hidden states of rows that stop are kept."""
+        return self._pruner.aux is not None
+
+    @property
     def origin(self) -> NDArray[np.int64]:
         """[num_rows] which of the step's rows the ones still flowing are."""
         return self._origin
@@ -391,8 +396,9 @@ class Step:
         if len(gone):
             still = flow.prompt.pages(span + 1, kept)
             self._drop(span, flow.req_id, np.setdiff1d(held, still, assume_unique=True))
-            rows = hidden[torch.from_numpy(parked).to(hidden.device)]
-            self._park(span, flow.req_id, flow.positions[parked], rows)
+            if self.parks:
+                rows = hidden[torch.from_numpy(parked).to(hidden.device)]
+                self._park(span, flow.req_id, flow.positions[parked], rows)
             flow.positions = flow.positions[~parked]
         return ~parked
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vllm_accel.errors import ConfigError
 from vllm_accel.lazyllm.config import Keep, LazyConfig
-from vllm_accel.paging import filling_pages, num_pages
+from vllm_accel.paging import count_filling_pages, num_pages
 from vllm_accel.spans import (
     MOST_PADDING_RATIO,
     Span,
@@ -85,6 +85,11 @@ class Schedule:
         points = len(self.spans) - 1
         return replace(self, keep=shares(keep, points, self.progressive))
 
+    @property
+    def moves(self) -> bool:
+        """Whether tokens that are kept are moved together, to fill pages."""
+        return self.unit < self.block_size
+
     def prunes(self, num_tokens: int) -> bool:
         """Whether a prompt may be pruned, as far as admission can tell.
 
@@ -104,14 +109,14 @@ class Schedule:
         """
         others = num_pages(stop, self.unit) - first // self.unit - always
         count = always + math.ceil(self.keep[span] * others - _ROUNDING)
-        if self.unit == self.block_size:
+        if not self.moves:
             return count
-        return filling_pages(count, first, stop, self.block_size)
+        return count_filling_pages(count, first, stop, self.block_size)
 
     def always_kept(self, num_tokens: int, first: int, stop: int) -> NDArray[np.bool_]:
         """[num_units] units that are never pruned while `[first, stop)` is prefilled.
 
-        Beside sink and window: that of the last token, by whose attention the others are
+        Beside sink and window: those of the last tokens, by whose attention the others are
         judged, and a page whose first tokens came with the piece before.
 
         Args:
@@ -122,7 +127,8 @@ class Schedule:
         units = np.arange(num_pages(num_tokens, self.unit))
         always = units < num_pages(self.sink, self.unit)
         always |= units >= max(num_tokens - self.recent, 0) // self.unit
-        always |= units == (stop - 1) // self.unit
+        judge = max(stop - self.observe, first)
+        always |= (units >= judge // self.unit) & (units <= (stop - 1) // self.unit)
         if first % self.unit:
             always |= units == first // self.unit
         return always

@@ -18,9 +18,12 @@ class LazyCPUWorker(CPUWorker):
         dress(self.model_runner)
         keep_seeds(self.model_runner)
 
-    def surviving_pages(self) -> dict[str, list[int]] | None:
-        """By span of layers, pages of the latest pruned prompt that ran it, if any was."""
-        pages: dict[str, list[int]] | None = self.model_runner.surviving_pages()
+    def pages_run(self) -> dict[str, list[float]] | None:
+        """By span of layers, the share of each page of the latest prompt pruned that ran.
+
+        None if no prompt was pruned.
+        """
+        pages: dict[str, list[float]] | None = self.model_runner.pages_run()
         return pages
 
 

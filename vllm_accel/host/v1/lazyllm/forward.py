@@ -39,8 +39,10 @@ class Rows:
         return Rows(stream.hidden, residual, stream.positions)
 
     def leaving(self, step: Step, k: int, importance: Mapping[str, Tensor]) -> "Rows":
-        """Those that flow on after span `k`; the sum of the others' parts is parked."""
-        whole = self.hidden if self.residual is None else self.hidden + self.residual
+        """Those that flow on after span `k`; the sum of the others' parts may be parked."""
+        whole = self.hidden
+        if step.parks and self.residual is not None:
+            whole = self.hidden + self.residual
         before = step.origin
         stream = step.leave(k, Stream(whole, self.positions), importance)
         if len(stream) == len(self.positions):

@@ -159,12 +159,12 @@ class LazyRunnerMixin:
         for wanted in step.wants(self._pages.asked):
             self._pages.want(*wanted)
 
-    def surviving_pages(self) -> dict[str, list[int]] | None:
-        """See `LazyCPUWorker.surviving_pages`."""
+    def pages_run(self) -> dict[str, list[float]] | None:
+        """See `LazyCPUWorker.pages_run`."""
         latest = self._pruner.latest
         if latest is None:
             return None
-        pages = [latest.origins(k).tolist() for k in range(len(self._schedule.spans))]
+        pages = [latest.share_run(k).tolist() for k in range(len(self._schedule.spans))]
         names = [f"[{span.first},{span.stop})" for span in self._schedule.spans]
         return dict(zip(names, pages, strict=True))
 
