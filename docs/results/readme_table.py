@@ -32,13 +32,16 @@ def prefill_table(file: Path) -> str:
     """One file's times and scores: a line per method and prompt length."""
     found = json.loads(file.read_text())
     questions = max(row["n"] for row in found["rows"])
-    names = ["prompt", "method", "first token sooner", "right", "lost, won", "KV pages"]
+    whole = "total_ratio_to_dense" in found["rows"][0]
+    names = ["prompt", "method", "first token sooner", *["whole answer sooner"] * whole]
+    names += ["right", "lost, won", "KV pages"]
     lines = [title(file, found, f"{questions} questions"), "", *header(names)]
     for row in found["rows"]:
         length = row["prompt_length"]
         right, pages = f"{row['score']:.1%}", row["kv_pages_ratio"]
         parted = f"{row['lost']}, {row['won']}"
-        cells = [length, row["method"], ratio(row, "ratio_to_dense"), right, parted]
+        cells = [length, row["method"], ratio(row, "ratio_to_dense")]
+        cells += [ratio(row, "total_ratio_to_dense")] * whole + [right, parted]
         cells.append("" if pages is None else f"{pages:.2f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -280,7 +280,7 @@ def _strip(row: Row) -> Callable[[Axes], None]:
         names = [f"{span}\n{share:.0%}" for span, share in row["rows_run"].items()]
         axes.set_yticks(range(len(lines)), names)
         axes.set_ylabel("layers")
-        axes.set_xlabel("page of the prompt; the bluer, the more of it ran these layers")
+        axes.set_xlabel("page of the prompt; darker: more of it ran")
 
     return paint
 
