@@ -73,10 +73,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--ways", type=json.loads, default=WAYS, help="of lazyllm")
     options = parser.parse_args()
     tokenizer = engines.tokenizer(options.model)
     prompts = texts(options.texts, tokenizer, options.length, options.prompts)
-    for way in WAYS:
+    for way in options.ways:
         alike = [same(pair) for pair in answers(options, way, prompts)]
         first = sum(n > 0 for n in alike)
         whole = sum(n == options.tokens for n in alike)

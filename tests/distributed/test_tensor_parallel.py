@@ -74,7 +74,9 @@ def check_ties(found, expected):
 
 
 @pytest.mark.parametrize(
-    "unit", [{"granularity": "page", "revive_pages": 1000}, {"granularity": "token"}]
+    "unit",
+    [{"granularity": "page", "revive_pages": 1000}, {"granularity": "token"}],
+    ids=["page", "token"],
 )
 def test_two_ranks_prune_as_one_does_but_for_ties(ask, unit):
     lazy = unit | {"prune_after": [4, 8], "keep": [0.5, 0.25], "min_prompt": 64}
