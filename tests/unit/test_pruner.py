@@ -129,9 +129,10 @@ def test_pages_may_be_chosen_every_few_steps(every):
     assert engine.pruner.counts.pages_revived == reference.revived > 0
 
 
-def test_a_cached_dense_prefix_is_used_and_the_rest_pruned():
-    engine = make(keep=(0.5, 0.25), revive_pages=2)
-    reference = refer(engine, (0.5, 0.25), budget=2)
+@pytest.mark.parametrize(("granularity", "budget"), [("page", 2), ("token", 0)])
+def test_a_cached_dense_prefix_is_used_and_the_rest_pruned(granularity, budget):
+    engine = make(keep=(0.5, 0.25), revive_pages=2, granularity=granularity)
+    reference = refer(engine, (0.5, 0.25), budget)
     engine.add("dense", prompt(16), keep=1.0)
     engine.step(["dense"])
     engine.add("a", prompt(39), cached=("dense", 16))
@@ -202,19 +203,6 @@ def test_a_resumed_request_of_single_tokens_recomputes_what_it_had_generated(mos
     for first in range(0, len(ids), most):
         expected = reference.piece(ids[first : first + most])
         agree(engine.step(["a"], most)["a"], expected)
-    decode_alike(engine, reference, expected, steps=8)
-
-
-def test_single_tokens_are_pruned_behind_a_cached_prefix():
-    engine = make(keep=(0.5, 0.25), granularity="token")
-    reference = refer(engine, (0.5, 0.25), budget=0)
-    engine.add("dense", prompt(16), keep=1.0)
-    engine.step(["dense"])
-    engine.add("a", prompt(39), cached=("dense", 16))
-    reference.prompt_len = 39
-    reference.piece(prompt(39)[:16], dense=True)
-    expected = reference.piece(prompt(39)[16:])
-    agree(engine.step(["a"])["a"], expected)
     decode_alike(engine, reference, expected, steps=8)
 
 
