@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vllm_accel.lazyllm.aux_cache import AuxCache
 from vllm_accel.lazyllm.config import Keep, LazyConfig
+from vllm_accel.lazyllm.flows import Flow, Revival
 from vllm_accel.lazyllm.importance import scorer
 from vllm_accel.lazyllm.prompt import PrunedPrompt
 from vllm_accel.lazyllm.schedule import Schedule
-from vllm_accel.paging import Wanted, num_pages
+from vllm_accel.paging import Wanted
 from vllm_accel.spans import Lane, Stream
 
 
@@ -118,7 +119,7 @@ class Pruner:
         """
         self._steps += 1
         flows = [
-            _Flow(req_id, self._prompts.get(req_id), piece, np.arange(*piece))
+            Flow(req_id, self._prompts.get(req_id), piece, np.arange(*piece))
             for req_id, piece in scheduled.items()
         ]
         return Step(self, flows, revived)
@@ -143,86 +144,11 @@ class Pruner:
         return counts
 
 
-@dataclass(slots=True)
-class _Flow:
-    """The rows of one request that are still on their way through the step."""
-
-    req_id: str
-    prompt: PrunedPrompt | None
-    piece: tuple[int, int]
-    positions: NDArray[np.int64]
-
-    @property
-    def prefills(self) -> bool:
-        """Whether the step runs part of a prompt that is pruned."""
-        return self.prompt is not None and self.piece[0] < self.prompt.num_tokens
-
-    @property
-    def may_revive(self) -> bool:
-        """Whether it decodes and misses pages of its prompt."""
-        return self.prompt is not None and not self.prefills and not self.prompt.is_whole
-
-    def units(self, span: int) -> NDArray[np.int64]:
-        """[n] of a pruned prompt, and of what was generated, that the last row sees."""
-        assert self.prompt is not None
-        return self.prompt.seen(span, self.piece[1])
-
-    def units_ahead(self, span: int) -> NDArray[np.int64]:
-        """As they would be after `span`, were none of its rows pruned before."""
-        assert self.prompt is not None
-        return np.union1d(self.units(span + 1), self.prompt.units_of(self.positions))
-
-    def lane(self, span: int, block_size: int) -> Lane:
-        if self.prompt is None:
-            return self._lane(np.arange(num_pages(self.piece[1], block_size)), block_size)
-        pages = self.prompt.pages(span, self.units(span))
-        return self._lane(pages, block_size, self.prompt.places(span, self.positions))
-
-    def lane_ahead(self, span: int, block_size: int) -> Lane:
-        """In the span after `span`, its rows where they lie before it prunes."""
-        if self.prompt is None:
-            return self.lane(span, block_size)
-        running = self.prompt.pages(span, self.prompt.units_of(self.positions))
-        before = self.prompt.pages(span + 1, self.units(span + 1))
-        places = self.prompt.places(span, self.positions)
-        return self._lane(np.union1d(before, running), block_size, places)
-
-    def _lane(
-        self,
-        pages: NDArray[np.int64],
-        block_size: int,
-        places: NDArray[np.int64] | None = None,
-    ) -> Lane:
-        stop = self.piece[1]
-        last = num_pages(stop, block_size) - 1
-        assert pages[-1] == last, f"{self.req_id} lost the page of its last token"
-        seq_len = (len(pages) - 1) * block_size + stop - last * block_size
-        return Lane(self.req_id, self.positions, pages, seq_len, places)
-
-
-@dataclass(frozen=True, slots=True)
-class _Revival:
-    """A page that runs one span in this step, as a lane of its own."""
-
-    req_id: str
-    prompt: PrunedPrompt
-    span: int
-    page: int
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        return self.prompt.tokens_of(self.page)
-
-    def lane(self) -> Lane:
-        pages = self.prompt.seen(self.span, int(self.positions[-1]) + 1)
-        return Lane(self.req_id, self.positions, pages, len(pages) * len(self.positions))
-
-
 class Step:
     """One step on its way through the spans: rows of requests first, revived ones after."""
 
     def __init__(
-        self, pruner: Pruner, flows: list[_Flow], revived: Iterable[Wanted]
+        self, pruner: Pruner, flows: list[Flow], revived: Iterable[Wanted]
     ) -> None:
         self._pruner = pruner
         self._spans = pruner.schedule.spans
@@ -291,7 +217,7 @@ class Step:
         lanes = [flow.lane_ahead(span, self._block_size) for flow in self._flows]
         return lanes, asked
 
-    def _asks_ahead(self, flow: _Flow) -> bool:
+    def _asks_ahead(self, flow: Flow) -> bool:
         return self._pruner.schedule.look_ahead and flow.prefills
 
     def enter(self, span: int, stream: Stream) -> Stream:
@@ -371,16 +297,16 @@ class Step:
         room = max(self._pruner.config.revive_pages - waiting, 0)
         return [(req_id, span, page) for _, span, _, page, req_id in sorted(found)[:room]]
 
-    def _revival(self, req_id: str, span: int, page: int) -> _Revival:
+    def _revival(self, req_id: str, span: int, page: int) -> Revival:
         prompt = self._pruner.prompt(req_id)
         assert prompt is not None, f"{req_id} is not pruned"
         prompt.bring_back(span, page)
-        return _Revival(req_id, prompt, span, page)
+        return Revival(req_id, prompt, span, page)
 
-    def _in(self, span: int) -> list[_Revival]:
+    def _in(self, span: int) -> list[Revival]:
         return [revival for revival in self._revivals if revival.span == span]
 
-    def _leave(self, span: int, flow: _Flow, hidden: Tensor) -> NDArray[np.bool_]:
+    def _leave(self, span: int, flow: Flow, hidden: Tensor) -> NDArray[np.bool_]:
         """[num_rows] which of a request's rows flow on."""
         everything = np.ones(len(flow.positions), dtype=np.bool_)
         if flow.prompt is None:
