@@ -147,9 +147,9 @@ class FreeConfig(_Settings):
     "goodput", in mode "exit" "quality"."""
 
     threshold: float | None = None
-    """For the gate "threshold": confidence, best probability less the second, above which
-    a shallow choice is drafted; "quality" begins there. None: what the exit's training
-    measured, 0.9 without."""
+    """For the gate "threshold", which it chooses where none is: confidence, best
+    probability less the second, above which a shallow choice is drafted. The gate
+    "quality" begins there. None: what the exit's training measured, 0.9 without."""
 
     exit_quality: float = 0.99
     """For the gate "quality": share of a request's tokens that all layers should agree
@@ -158,6 +158,17 @@ class FreeConfig(_Settings):
     rollback: float | None = None
     """In mode "exit", nats (-ln p by all layers) above which a draft is taken back, with
     all that follow it. None: never."""
+
+    max_updates: int | None = 300
+    """For the gate "beta_mixture": of its threshold, which then stays. None: no end."""
+
+    min_observations: int = 0
+    """For the gate "beta_mixture": times that shallow and deep choice agreed, and that
+    they did not, before its first update."""
+
+    decay: float = 1.0
+    """For the gate "beta_mixture": what is left of an observation's weight after each
+    update."""
 
     run_ahead: bool = True
     """Queue a step before the one before has ended, as vLLM does on GPUs. Off: wait for
@@ -179,6 +190,9 @@ class FreeConfig(_Settings):
         _check_type(self, "threshold", float, int, None)
         _check_type(self, "exit_quality", float, int)
         _check_type(self, "rollback", float, int, None)
+        _check_type(self, "max_updates", int, None)
+        _check_type(self, "min_observations", int)
+        _check_type(self, "decay", float, int)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
         _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
@@ -212,6 +226,51 @@ class FreeConfig(_Settings):
             raise ConfigError(
                 f"free.exit_quality={self.exit_quality} is out of range: expected a share "
                 "of tokens above 0 and below 1; mode 'verify' agrees in all of them."
+            )
+        if (self.max_updates or 0) < 0 or self.min_observations < 0:
+            key = "min_observations" if self.min_observations < 0 else "max_updates"
+            raise ConfigError(
+                f"free.{key}={getattr(self, key)} is out of range: expected a number from "
+                "0 up; leave it out to learn as published."
+            )
+        if not 0 < self.decay <= 1:
+            raise ConfigError(
+                f"free.decay={self.decay} is out of range: expected a share above 0, at "
+                "most 1; leave it out to forget nothing."
+            )
+        self._check_uses()
+
+    @property
+    def gate_in_use(self) -> str:
+        """The gate, or what its absence means."""
+        if self.gate is not None:
+            return self.gate
+        if self.threshold is not None:
+            return "threshold"
+        return "quality" if self.mode == "exit" else "goodput"
+
+    def _check_uses(self) -> None:
+        """Refuses what nothing would read."""
+        gate, is_final = self.gate_in_use, self.mode == "exit"
+        learns = gate == "beta_mixture"
+        steers = gate == "quality" or gate not in EXIT_GATES
+        for key, fits, expected in (
+            ("threshold", gate in ("threshold", "quality"), "gate 'threshold'"),
+            ("exit_quality", is_final and steers, "mode 'exit' and gate 'quality'"),
+            ("rollback", is_final, "mode 'exit'"),
+            ("max_updates", learns, "gate 'beta_mixture'"),
+            ("min_observations", learns, "gate 'beta_mixture'"),
+            ("decay", learns, "gate 'beta_mixture'"),
+        ):
+            if getattr(self, key) != _default(self, key) and not fits:
+                raise ConfigError(
+                    f"free.{key}={getattr(self, key)} has no effect with mode "
+                    f"{self.mode!r} and gate {gate!r}: expected {expected}; leave it out."
+                )
+        if gate == "quality" and not is_final:
+            raise ConfigError(
+                "free.gate='quality' steers how many final drafts are right, and in mode "
+                "'verify' all are corrected: expected mode 'exit'; leave it out."
             )
 
 
@@ -295,6 +354,11 @@ def _check_type(config: Any, key: str, *allowed: type | None) -> None:
     raise ConfigError(
         f"{config.method}.{key}={value!r} is a {type(value).__name__}: expected {names}."
     )
+
+
+def _default(config: Config, key: str) -> Any:
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    return fields[key]
 
 
 def _check_draft_tokens(config: Config, hint: str) -> None:

@@ -61,11 +61,14 @@ EVERY_KEY_OF_FREE = {
     "model": "EXIT",
     "exit_layer": 3,
     "num_speculative_tokens": 5,
-    "mode": "verify",
-    "gate": "threshold",
+    "mode": "exit",
+    "gate": "quality",
     "threshold": 0.5,
     "exit_quality": 0.9,
     "rollback": 4.0,
+    "max_updates": 300,
+    "min_observations": 0,
+    "decay": 1.0,
     "run_ahead": False,
     "check_base": False,
 }
@@ -91,6 +94,18 @@ def test_free_by_name_mapping_and_engine_args_is_one_config():
         ({"mode": "fast"}, "is not a mode: expected verify or exit"),
         ({"mode": "exit", "gate": "goodput"}, "weighs speed alone"),
         ({"gate": "entropy"}, "free.gate='entropy' is not a gate: expected"),
+        ({"gate": "goodput", "threshold": 0.5}, "free.threshold=0.5 has no effect with"),
+        ({"rollback": 3.0}, "free.rollback=3.0 has no effect.*: expected mode 'exit'"),
+        ({"exit_quality": 0.9}, "free.exit_quality=0.9 has no effect"),
+        (
+            {"mode": "exit", "gate": "always", "exit_quality": 0.9},
+            "no effect with mode 'exit' and gate 'always': expected mode 'exit' and gate",
+        ),
+        ({"gate": "quality"}, "free.gate='quality' steers.*expected mode 'exit'"),
+        ({"decay": 0.9}, "free.decay=0.9 has no effect.*: expected gate 'beta_mixture'"),
+        ({"gate": "beta_mixture", "decay": 1.5}, "free.decay=1.5 is out of range"),
+        ({"gate": "beta_mixture", "max_updates": -1}, "free.max_updates=-1 is out of"),
+        ({"min_observations": -1}, "free.min_observations=-1 is out of range"),
         ({"threshold": 1.5}, r"expected 0\.\.1"),
         ({"exit_quality": 1.0}, "above 0 and below 1"),
         ({"exit_quality": float("nan")}, "above 0 and below 1"),
@@ -107,3 +122,18 @@ def test_a_bad_setting_of_free_is_named_with_what_is_allowed(settings, sentence)
 def test_lazyllm_says_where_it_is_switched_on():
     with pytest.raises(ConfigError, match="use --additional-config"):
         parse("lazyllm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "gate"),
+    [
+        ({}, "goodput"),
+        ({"threshold": 0.5}, "threshold"),
+        ({"mode": "exit"}, "quality"),
+        ({"mode": "exit", "threshold": 0.5}, "threshold"),
+        ({"mode": "exit", "gate": "quality", "threshold": 0.5}, "quality"),
+        ({"gate": "beta_mixture", "max_updates": None, "decay": 0.9}, "beta_mixture"),
+    ],
+)
+def test_the_gate_of_free_that_settings_mean(settings, gate):
+    assert parse({"method": "free", **settings}).gate_in_use == gate

@@ -26,6 +26,13 @@ def test_drafts_stand_up_to_the_first_surprise_of_each_request():
     assert final.standing(logits, rows, token_ids, [0, 3, 2], None).all()
 
 
+def test_a_request_is_given_its_drafts_as_far_as_they_stand_and_a_deep_choice():
+    deep = [[7], [1, 2, 3, 4], [5, 6, 8]]
+    stand = [True, False, False, True, True]
+    sampled = final.sampled(deep, [10, 11, 12, 13, 14], stand, [0, 3, 2])
+    assert sampled.tolist() == [[7, -1, -1, -1], [10, 2, -1, -1], [13, 14, 8, -1]]
+
+
 def test_a_plainly_greedy_request_may():
     assert final.allowed(SamplingParams(temperature=0, max_tokens=9, stop=["x"]))
 
@@ -43,6 +50,8 @@ def test_a_plainly_greedy_request_may():
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"extra_args": {"early_exit": False}},
+        {"extra_args": {"early_exit": "false"}},
+        {"extra_args": {"early_exit": 0}},
     ],
 )
 def test_any_other_request_goes_through_all_layers(params):
@@ -55,6 +64,8 @@ def test_any_other_request_goes_through_all_layers(params):
         ({}, 0.99),
         (None, 0.99),
         ({"exit_quality": 0.9}, 0.9),
+        ({"exit_quality": "0.9"}, 0.9),
+        ({"exit_quality": 0.91234}, 0.912),
         ({"exit_quality": 7}, 1.0),
         ({"exit_quality": "x"}, 1.0),
     ],

@@ -1,5 +1,7 @@
 """A drafting step of FREE, and who ends it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from vllm_accel import ConfigError
 from vllm_accel.free.drafter import FreeDrafter, Stackable
 from vllm_accel.free.exit_head import ExitAdapter, ExitHead, ExitSignals
 from vllm_accel.free.gates import (
-    MOST_UPDATES,
     ExitGate,
+    Learning,
     LearntThreshold,
     Never,
     Threshold,
@@ -168,10 +170,49 @@ def test_a_stack_without_a_draft_teaches_the_published_estimator_nothing():
 def test_the_published_estimator_is_frozen_after_so_many_sequences():
     gate = LearntThreshold()
     gate.learn(seen((0.9, True), (0.2, False)))
-    for i in range(MOST_UPDATES + 5):
-        gate.admit([str(i)], 1)
-        gate.keep_only({str(i)})
-    assert gate.updates == MOST_UPDATES
+    begin_sequences(gate, 305)
+    assert gate.updates == 300
+
+
+NUMBERS = itertools.count()
+
+
+def begin_sequences(gate, count):
+    for _ in range(count):
+        new = str(next(NUMBERS))
+        gate.admit([new], 1)
+        gate.keep_only({new})
+
+
+@pytest.mark.parametrize(("most", "updates"), [(2, 2), (0, 0), (None, 400)])
+def test_the_estimators_updates_end_where_asked(most, updates):
+    gate = LearntThreshold(Learning(max_updates=most))
+    gate.learn(seen((0.9, True), (0.2, False)))
+    begin_sequences(gate, 400)
+    assert gate.updates == updates
+
+
+def test_the_estimator_waits_for_as_many_of_each_as_asked():
+    gate = LearntThreshold(Learning(min_observations=2))
+    gate.learn(seen((0.9, True), (0.8, True), (0.2, False)))
+    begin_sequences(gate, 1)
+    assert gate.updates == 0
+    gate.learn(seen((0.3, False)))
+    begin_sequences(gate, 1)
+    assert gate.updates == 1
+
+
+def test_decay_lets_the_estimator_follow_another_text():
+    def after(decay):
+        gate = LearntThreshold(Learning(max_updates=None, decay=decay))
+        for middle in (0.25, 0.75):  # below it the choices are wrong, above it right
+            for _ in range(40):
+                pairs = [(c / 20, c / 20 > middle) for c in range(1, 20)]
+                gate.learn(seen(*pairs))
+                begin_sequences(gate, 1)
+        return gate.threshold
+
+    assert after(0.8) > after(1.0)
 
 
 def served(gate, quality, honesty, tokens=6000):
@@ -217,6 +258,15 @@ def test_a_text_that_is_easier_or_asks_for_less_exits_more():
     easy = served(ExitQuality(4, 0.9), 0.99, 0.05)[1]
     assert shares[0] < shares[1]
     assert shares[0] < easy
+
+
+def test_a_draft_that_was_taken_back_counts_for_nothing():
+    gates = [ExitQuality(4, 0.5) for _ in range(3)]
+    for gate, stood in zip(gates, (None, 1, 3), strict=True):
+        gate.exits(two_best(0.9, 0.9))
+        gate.learn(Seen("a", 3, [0.9] * 3, [True, False, False], stood))
+    whole, cut, same = (gate.threshold_of("a") for gate in gates)
+    assert cut < 0.5 < whole == same
 
 
 def test_requests_that_ask_for_different_shares_have_thresholds_of_their_own():

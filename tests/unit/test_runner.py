@@ -7,10 +7,12 @@ import pytest
 pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 
+from vllm_accel.host.report import Orders
 from vllm_accel.host.v1.runner import DraftingRunnerMixin
 from vllm_accel.host.v1.scheduler import AccelScheduler
 
 EOS, STOP = 2, 9
+ORDERS = Orders(most_drafts=4, keep_drafts=True, measured=[])
 
 
 def runner(**sampling):
@@ -34,8 +36,14 @@ def runner(**sampling):
     ],
 )
 def test_a_request_drafts_nothing_behind_its_end(sampling, token_ids, has_room):
-    (room,) = runner(**sampling)._rooms([token_ids])
+    (room,) = runner(**sampling)._rooms([token_ids], ORDERS)
     assert (room > 0) == has_room
+
+
+@pytest.mark.parametrize(("most", "expected"), [(4, 4), (2, 2), (0, 93)])
+def test_no_more_is_drafted_than_the_next_step_has_room_for(most, expected):
+    orders = Orders(most_drafts=most, keep_drafts=True, measured=[])
+    assert runner()._rooms([[5]], orders) == [expected]
 
 
 @pytest.mark.parametrize(("empty", "drafted"), [(4, 0), (3, 1), (0, 4)])

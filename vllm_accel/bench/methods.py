@@ -16,6 +16,9 @@ COUNTED = {"cerberus", "free", "free-exit", "free-always"}
 INEXACT = {"free-exit", "free-always"}
 """Methods whose answers may be others than plain vLLM's."""
 
+_OF_GATES = ("gate", "threshold", "max_updates", "min_observations", "decay")
+_OF_EXIT = ("exit_quality", "rollback")
+
 MEDUSA_FOLDERS = ("vllm_medusa", "medusa")
 
 
@@ -79,18 +82,22 @@ def _cerberus(settings: Settings) -> dict[str, Any]:
 
 
 def _free(settings: Settings) -> dict[str, Any]:
-    return {"speculative_config": {"method": "free", **settings.free}}
+    return _free_without(settings, *_OF_EXIT)
 
 
-def _free_exit(settings: Settings, **more: Any) -> dict[str, Any]:
-    own = {key: value for key, value in settings.free.items() if key != "gate"}
-    config = {"method": "free", **own, "mode": "exit", **more}
-    return {"speculative_config": config}
+def _free_exit(settings: Settings) -> dict[str, Any]:
+    return _free_without(settings, *_OF_GATES, mode="exit")
 
 
 def _free_always(settings: Settings) -> dict[str, Any]:
     """Every draft is made and is final: the most that mode `exit` can give."""
-    return _free_exit(settings, gate="always")
+    return _free_without(settings, *_OF_GATES, *_OF_EXIT, mode="exit", gate="always")
+
+
+def _free_without(settings: Settings, *keys: str, **more: Any) -> dict[str, Any]:
+    """What was asked for, less what another mode or gate would refuse."""
+    own = {key: value for key, value in settings.free.items() if key not in keys}
+    return {"speculative_config": {"method": "free", **own, **more}}
 
 
 def _medusa(settings: Settings) -> dict[str, Any]:

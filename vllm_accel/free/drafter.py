@@ -98,8 +98,7 @@ class FreeDrafter:
         logits = self._head.logits(exit_states(states))
         said = ExitSignals(logits, rows.req_ids, quality)
         exits = self._gate.exits(said)
-        confidence = said.confidence.tolist()
-        self.stacks.push(rows, states, said.token_ids.tolist(), confidence, exits)
+        self.stacks.push(rows, states, said.token_ids.tolist(), said.sureness, exits)
         going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]
         if not self._gate.goes_on(going_on):
             self.stacks.close(going_on)

@@ -112,6 +112,12 @@ class ExitSignals:
     def _best(self) -> torch.return_types.topk:
         return self._logits.topk(2, dim=-1)
 
+    @cached_property
+    def sureness(self) -> list[float]:
+        """`confidence` as numbers: the gate and the stack both ask."""
+        sure: list[float] = self.confidence.tolist()
+        return sure
+
     @property
     def token_ids(self) -> Tensor:
         """[num_reqs] int64: the shallow model's first choices."""

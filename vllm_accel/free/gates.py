@@ -6,6 +6,7 @@ the members of `ExitGate` and name it by its dotted path:
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,8 +20,7 @@ from vllm_accel.free.stack import Seen
 from vllm_accel.gating.beta_mixture import BetaMixture
 from vllm_accel.gating.cost import StepShape
 
-MOST_UPDATES = 300
-"""Of the learnt threshold, one per sequence; frozen after that (FREE's code, for T5)."""
+_FORGOTTEN = 0.01  # an observation that counts for less is dropped
 
 
 @runtime_checkable
@@ -102,55 +102,95 @@ class Never(Threshold):
         return [False] * len(req_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """How a threshold is learnt; by default as in FREE's code, for T5."""
+
+    max_updates: int | None = 300
+    """After so many it stays as it is, None: never. There is one whenever a step has new
+    sequences."""
+    min_observations: int = 0
+    """Of agreement, and of disagreement, before there is a first update."""
+    decay: float = 1.0
+    """What is left of an observation's weight after each update."""
+
+
 class LearntThreshold(Threshold):
     """FREE's estimator: the threshold is learnt from stacks that drafted, as published.
 
     Args:
-        estimator: gives the threshold; by default as FREE's code has it.
+        learning: where it is not to be as published.
     """
 
-    def __init__(self, estimator: BetaMixture | None = None) -> None:
-        self._estimator = estimator or BetaMixture()
+    def __init__(self, learning: Learning | None = None) -> None:
+        self._estimator = BetaMixture()
         super().__init__(self._estimator.threshold(), "beta_mixture")
+        self._learning = learning or Learning()
         self.updates = 0
         self._known: set[str] = set()
         self._confidence: list[float] = []
         self._agree: list[bool] = []
+        self._weights: list[float] = []
 
     def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
         """See `ExitGate.admit`; a new sequence is when the threshold moves."""
         new = set(req_ids) - self._known
-        if new and self._confidence and self.updates < MOST_UPDATES:
-            self._estimator.fit(np.array(self._confidence), np.array(self._agree))
-            self.threshold = self._estimator.threshold()
-            self.updates += 1
+        if new and self._confidence and self._learns and self._has_seen_enough():
+            self._update()
         self._known |= new
         return super().admit(req_ids, num_decoding)
 
+    @property
+    def _learns(self) -> bool:
+        most = self._learning.max_updates
+        return most is None or self.updates < most
+
+    def _has_seen_enough(self) -> bool:
+        agreed = sum(self._agree)
+        return min(agreed, len(self._agree) - agreed) >= self._learning.min_observations
+
+    def _update(self) -> None:
+        confidence, agree = np.array(self._confidence), np.array(self._agree)
+        self._estimator.fit(confidence, agree, np.array(self._weights))
+        self.threshold = self._estimator.threshold()
+        self.updates += 1
+        left = [weight * self._learning.decay for weight in self._weights]
+        old = sum(weight < _FORGOTTEN for weight in left)  # the oldest come first
+        self._weights = left[old:]
+        del self._confidence[:old], self._agree[:old]
+
     def learn(self, seen: Seen) -> None:
         """See `ExitGate.learn`; a stack without a draft tells nothing, as published."""
-        if seen.drafted and self.updates < MOST_UPDATES:
+        if seen.drafted and self._learns:
             self._confidence += seen.confidence
             self._agree += seen.agree
+            self._weights += [1.0] * len(seen.agree)
 
     def keep_only(self, req_ids: Container[str]) -> None:
         """See `ExitGate.keep_only`."""
         self._known = {known for known in self._known if known in req_ids}
 
 
-def make_gate(name: str, *, draft_tokens: int, threshold: float) -> ExitGate:
+def make_gate(
+    name: str,
+    *,
+    draft_tokens: int,
+    threshold: float,
+    learning: Learning | None = None,
+) -> ExitGate:
     """The gate of a name or dotted path.
 
     Args:
         draft_tokens: most tokens drafted per request and step.
         threshold: of the gate "threshold"; "quality" begins there.
+        learning: of the gate "beta_mixture"; None: as published.
 
     Raises:
         ConfigError: the path cannot be imported or is not a gate.
     """
     built_in: Mapping[str, Callable[[], ExitGate]] = {
         "goodput": lambda: ExitGoodput(draft_tokens),
-        "beta_mixture": LearntThreshold,
+        "beta_mixture": lambda: LearntThreshold(learning),
         "threshold": lambda: Threshold(threshold),
         "quality": lambda: ExitQuality(draft_tokens, threshold),
         "always": lambda: Threshold(-1.0, "always"),

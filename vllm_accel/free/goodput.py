@@ -40,6 +40,8 @@ class _Step:
     shallow_steps: int = 0
     shallow_rows: int = 0
     drafted: int = 0
+    row_seconds: float | None = None
+    """What one more row costs that skips the first layers, once it was asked."""
     survival: dict[str, float] = field(default_factory=dict)
     """Per request, the chance that its drafts so far stand."""
 
@@ -179,7 +181,7 @@ class ExitGoodput:
     def _chances(self, said: ExitSignals) -> Floats:
         """[num_reqs] that the deep layers will agree."""
         recent = [self._recent.get(req_id, self._usual) for req_id in said.req_ids]
-        features = _features(np.array(said.confidence.tolist()), np.array(recent))
+        features = _features(np.array(said.sureness), np.array(recent))
         return self._odds.probability(features)[:, 0]
 
     def _shape(self, more_steps: Floats, going_on: int) -> StepShape:
@@ -197,11 +199,13 @@ class ExitGoodput:
         )
 
     def _row_seconds(self) -> float:
-        """What one more row costs that skips the first layers."""
-        rows = np.array([0, 1]) + self._step.requests
-        shapes = StepShape(rows, self._step.requests, kept_rows=rows)
-        less, more = self.cost.seconds(shapes)
-        return max(0.0, float(more - less))
+        step = self._step
+        if step.row_seconds is None:
+            rows = np.array([0, 1]) + step.requests
+            shapes = StepShape(rows, step.requests, kept_rows=rows)
+            less, more = self.cost.seconds(shapes)
+            step.row_seconds = max(0.0, float(more - less))
+        return step.row_seconds
 
     def _learn_all(self) -> None:
         recent = [r for r, seen in self._seen for _ in seen.agree]

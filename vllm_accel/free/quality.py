@@ -62,7 +62,7 @@ class ExitQuality(ExitGoodput):
         """See `ExitGate.exits`."""
         self._begin_shallow_step(said)
         self._quality.update(zip(said.req_ids, said.quality, strict=True))
-        pairs = zip(said.confidence.tolist(), said.quality, strict=True)
+        pairs = zip(said.sureness, said.quality, strict=True)
         exits = [sure > self.thresholds[quality] for sure, quality in pairs]
         self._step.survival.update(dict.fromkeys(said.req_ids, 1.0))
         self._step.drafted += sum(exits)
@@ -73,8 +73,8 @@ class ExitQuality(ExitGoodput):
 
         What makes drafting worth while is here that tokens leave, not that they are right.
         """
-        wrong = seen.agree[: seen.drafted].count(False)
-        self.thresholds.learn(self._quality[seen.req_id], wrong, seen.drafted + 1)
+        wrong = seen.agree[: seen.given].count(False)
+        self.thresholds.learn(self._quality[seen.req_id], wrong, seen.given + 1)
         left = [i < seen.drafted for i in range(len(seen.agree))]
         super().learn(dataclasses.replace(seen, agree=left))
 

@@ -80,6 +80,14 @@ class Seen:
     """Per stacked row the deep layers had a word on."""
     agree: list[bool]
     """Per such row, whether shallow and deep choice are one."""
+    stood: int | None = None
+    """Drafts that became tokens of the answer: not those the engine cut or took back.
+    None: all of them."""
+
+    @property
+    def given(self) -> int:
+        """Tokens the stack gave, the deep layers' own behind the drafts apart."""
+        return self.drafted if self.stood is None else self.stood
 
 
 class ExitStacks:

@@ -102,6 +102,7 @@ class BetaMixture:
         self,
         confidence: NDArray[np.floating],  # [n] in [0, 1]
         agree: Bools,  # [n]
+        weights: Floats | None = None,  # [n] above 0; None: all count the same
     ) -> None:
         """Replaces what was fitted before; pairs without a finite confidence are left out.
 
@@ -112,9 +113,10 @@ class BetaMixture:
         x = np.clip(confidence[finite].astype(np.float64), _EDGE, 1 - _EDGE)
         agreed = agree[finite]
         self._counts = (int(agreed.sum()), int((~agreed).sum()))
-        self._pair = _published(x, agreed) if self._mode == "published" else None
+        counts = np.ones_like(x) if weights is None else weights[finite]
+        self._pair = _published(x, agreed, counts) if self._mode == "published" else None
         if self._mode == "priors" and min(self._counts) >= _LEAST_OF_EACH:
-            self._pair = _by_label(x, agreed)
+            self._pair = _by_label(x, agreed, counts)
 
     def probability(
         self,
@@ -168,14 +170,15 @@ class BetaMixture:
 def _published(
     x: Floats,  # [n] in (0, 1)
     agreed: Bools,  # [n]
+    weights: Floats,  # [n]
 ) -> tuple[Beta, Beta] | None:
     """The repository's one step: the component of the larger mean, then the other."""
     if not x.size:
         return None
     # Its label weight is 0.2, its floor 1e-4: what is left of the EM it meant to run.
     own, foreign = 0.2 / 0.2001, 1e-4 / 0.2001
-    agreeing = Beta.of_moments(x, np.where(agreed, own, foreign))
-    other = Beta.of_moments(x, np.where(agreed, foreign, own))
+    agreeing = Beta.of_moments(x, weights * np.where(agreed, own, foreign))
+    other = Beta.of_moments(x, weights * np.where(agreed, foreign, own))
     if agreeing is None or other is None:
         return None
     return (agreeing, other) if agreeing.mean > other.mean else (other, agreeing)
@@ -184,8 +187,9 @@ def _published(
 def _by_label(
     x: Floats,  # [n] in (0, 1)
     agreed: Bools,  # [n] both kinds present
+    weights: Floats,  # [n]
 ) -> tuple[Beta, Beta] | None:
     """The agreeing component, then the other; equal values get a little spread."""
-    agreeing = Beta.of_moments(x, agreed * 1.0, least_variance=_LEAST_VARIANCE)
-    other = Beta.of_moments(x, ~agreed * 1.0, least_variance=_LEAST_VARIANCE)
+    agreeing = Beta.of_moments(x, agreed * weights, least_variance=_LEAST_VARIANCE)
+    other = Beta.of_moments(x, ~agreed * weights, least_variance=_LEAST_VARIANCE)
     return (agreeing, other) if agreeing and other else None

@@ -164,13 +164,21 @@ class StepCost:
         """[steps] predicted seconds, above 0; of no use before any step was observed."""
         self._take_in()
         features = shape.features()
-        predicted = np.zeros(len(features))
-        if self._seen.shapes:
-            loads = np.broadcast_to(shape.load(), len(features))
-            for load in set(loads.tolist()):
-                here = loads == load
-                predicted[here] = features[here] @ self._prices_at(load)
+        if not self._seen.shapes:
+            return np.full(len(features), 1e-6)
+        loads = shape.load()
+        if len(loads) == 1:  # of all steps: a gate asks several times in a step
+            predicted = features @ self._prices_at(int(loads[0]))
+        else:
+            predicted = self._at_their_loads(features, loads)
         return np.maximum(predicted, 1e-6)
+
+    def _at_their_loads(self, features: Floats, loads: NDArray[np.int64]) -> Floats:
+        predicted = np.zeros(len(features))
+        for load in set(loads.tolist()):
+            here = loads == load
+            predicted[here] = features[here] @ self._prices_at(load)
+        return predicted
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes one measured step in; prices follow after a few, at once if it is new."""

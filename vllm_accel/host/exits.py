@@ -7,7 +7,7 @@ from typing import Any
 from vllm_accel.config import FreeConfig
 from vllm_accel.errors import ConfigError
 from vllm_accel.free import checkpoint
-from vllm_accel.free.gates import make_gate
+from vllm_accel.free.gates import Learning, make_gate
 from vllm_accel.gating.beta_mixture import INITIAL_THRESHOLD
 from vllm_accel.on_disk import location
 
@@ -53,9 +53,20 @@ def with_exit(config: FreeConfig, model_config: Any) -> FreeConfig:
             f"1..{num_layers - 1}; a quarter of the layers is a good start."
         )
     chosen = threshold if config.threshold is None else config.threshold
-    gate = config.gate or ("quality" if config.mode == "exit" else "goodput")
-    make_gate(gate, draft_tokens=config.num_speculative_tokens, threshold=chosen)
-    return dataclasses.replace(config, exit_layer=exit_layer, threshold=chosen, gate=gate)
+    gate = config.gate_in_use
+    make_gate(
+        gate,
+        draft_tokens=config.num_speculative_tokens,
+        threshold=chosen,
+        learning=learning_of(config),
+    )
+    begins = chosen if gate in ("threshold", "quality") else None
+    return dataclasses.replace(config, exit_layer=exit_layer, threshold=begins, gate=gate)
+
+
+def learning_of(config: FreeConfig) -> Learning:
+    """What the config says of the gate "beta_mixture"."""
+    return Learning(config.max_updates, config.min_observations, config.decay)
 
 
 def _checked(

@@ -127,6 +127,11 @@ def _checks_of_free(
             parallel_config.data_parallel_size > 1,
             "--data-parallel-size 1",
         ),
+        (
+            "transformers' own layers (--model-impl transformers)",
+            model_config.using_transformers_backend(),
+            "--model-impl vllm",
+        ),
         ("mixtures of experts", bool(model_config.is_moe), "a dense model"),
         ("devices other than CPUs", not current_platform.is_cpu(), "a CPU"),
         (

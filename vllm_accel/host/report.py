@@ -26,8 +26,8 @@ class StepTime:
 class Orders:
     """What the scheduler tells the workers with a step."""
 
-    may_draft: bool
-    """False if the next step will have no room for drafts."""
+    most_drafts: int
+    """Of one request, that the next step will have room for."""
     keep_drafts: bool
     """The next step is scheduled without knowing the drafts: the workers fill them in."""
     measured: list[StepTime]

@@ -1,16 +1,19 @@
 """Drafts that the deep layers do not correct: FREE's mode "exit"."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_accel.free.stack import first_to_undo
+from vllm_accel.host.v1.greedy import padded
 
 OPT_OUT = "early_exit"
 """`SamplingParams(extra_args={"early_exit": False})`: this request's tokens go through
 all layers."""
+_NO = {"false", "0", "0.0"}  # over HTTP values are strings or numbers
 QUALITY = "exit_quality"
 """`extra_args={"exit_quality": 0.95}`: share of its tokens that all layers should agree
 with."""
@@ -41,6 +44,26 @@ def standing(
     return stands
 
 
+def sampled(
+    deep_token_ids: Sequence[Sequence[int]],  # per request, of each of its rows
+    token_ids: Sequence[int],  # [drafts] a request's drafts together
+    stand: Sequence[bool],  # [drafts]
+    num_drafts: Sequence[int],  # per request
+) -> Tensor:
+    """Drafts up to the first that does not stand, and the deep choice in its place.
+
+    Returns:
+        As `greedy.verified` does.
+    """
+    drafts, stands = iter(token_ids), iter(stand)
+    given = []
+    for deep, count in zip(deep_token_ids, num_drafts, strict=True):
+        own = list(islice(drafts, count))
+        length = sum(islice(stands, count))  # the rest falls with the first
+        given.append([*own[:length], deep[length]])
+    return padded(given, 1 + max(num_drafts))
+
+
 def only_drafts(
     logits: Tensor,  # [rows, vocab]
     rows: Tensor,  # [drafts] of each draft, the row that says what stands in its place
@@ -60,8 +83,11 @@ def quality(params: Any, usual: float) -> float:
         usual: of requests that do not say.
     """
     asked = (params.extra_args or {}).get(QUALITY, usual)
-    is_share = isinstance(asked, float) and 0 < asked < 1
-    return asked if is_share else 1.0
+    try:
+        share = round(float(asked), 3)  # each share has a threshold of its own to learn
+    except (TypeError, ValueError):
+        return 1.0
+    return share if 0 < share < 1 else 1.0
 
 
 def allowed(params: Any) -> bool:
@@ -70,7 +96,7 @@ def allowed(params: Any) -> bool:
     A final draft is the shallow model's first choice: it follows no temperature, grammar,
     penalty, list of tokens, or least number of them.
     """
-    wanted = params.extra_args is None or params.extra_args.get(OPT_OUT, True)
+    wanted = str((params.extra_args or {}).get(OPT_OUT, True)).lower()
     edited = (
         params.structured_outputs
         or params.allowed_token_ids
@@ -85,7 +111,7 @@ def allowed(params: Any) -> bool:
         or params.repetition_penalty != 1.0
     )
     return bool(
-        wanted
+        wanted not in _NO
         and params.temperature == 0
         and params.logprobs is None
         and not params.logprob_token_ids

@@ -15,7 +15,7 @@ from vllm_accel.free.gates import make_gate
 from vllm_accel.free.stack import ExitStacks, Seen
 from vllm_accel.host import carrier
 from vllm_accel.host.decoder import Decoder, residual_dtype
-from vllm_accel.host.exits import folder_of
+from vllm_accel.host.exits import folder_of, learning_of
 from vllm_accel.host.report import StepTime
 from vllm_accel.spans import Span
 from vllm_accel.speculate import StepReport
@@ -34,6 +34,7 @@ class FreeProposer:
             config.gate,
             draft_tokens=config.num_speculative_tokens,
             threshold=config.threshold,
+            learning=learning_of(config),
         )
         self.stacks = ExitStacks(
             cap=config.num_speculative_tokens,

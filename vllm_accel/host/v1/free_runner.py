@@ -1,6 +1,7 @@
 """FREE's part of Model Runner V1: shallow steps after sampling, then the deep layers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -8,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import override_forward_context
+from vllm.v1.outputs import SamplerOutput
 
 from vllm_accel.free.drafter import Stackable
 from vllm_accel.free.resume import Split, split
 from vllm_accel.free.stack import Seen, ShallowRows
 from vllm_accel.host.report import Orders
-from vllm_accel.host.v1 import final
+from vllm_accel.host.v1 import final, greedy
 from vllm_accel.host.v1.runner import DraftingRunnerMixin
 from vllm_accel.host.v1.span_context import context_of
 
@@ -92,17 +94,22 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             said = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
             rows = [0, *accumulate(1 + n for n in drafts)]
             self._deep_token_ids = [said[a:b] for a, b in pairwise(rows)]
-            logits = self._with_drafts_final(logits, drafts, spec_decode_metadata)
+            return self._sample_final(logits, drafts, spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
 
-    def _with_drafts_final(
+    def _sample_final(
         self, logits: Tensor, num_drafts: Sequence[int], spec_decode_metadata: Any
-    ) -> Tensor:
+    ) -> Any:
         rows = spec_decode_metadata.target_logits_indices
         token_ids = spec_decode_metadata.draft_token_ids
         limit = self.drafter.rollback
         stand = final.standing(logits, rows, token_ids, num_drafts, limit)
-        return final.only_drafts(logits, rows[stand], token_ids[stand])
+        if self._can_verify(greedy.is_plain(self.input_batch.sampling_metadata), logits):
+            deep = self._deep_token_ids
+            sampled = final.sampled(deep, token_ids.tolist(), stand.tolist(), num_drafts)
+            return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+        masked = final.only_drafts(logits, rows[stand], token_ids[stand])
+        return super()._sample(masked, spec_decode_metadata)
 
     def _settle(self, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> None:
         """See `DraftingRunnerMixin._settle`; the gate learns of every stack."""
@@ -118,13 +125,14 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
                 given = max(0, len(sampled_token_ids[i]) - 1)  # the last one is the deep's
-                self._learn_of(seen, min(given, len(scheduled.get(req_id, []))))
+                stood = min(given, len(scheduled.get(req_id, [])))
+                self._learn_of(replace(seen, stood=stood))
 
-    def _learn_of(self, seen: Seen, final_drafts: int) -> None:
+    def _learn_of(self, seen: Seen) -> None:
         self.drafter.learn(seen)
         if self.drafter.drafts_are_final:
-            self._report.final[seen.req_id] += final_drafts
-            self._report.final_agreed += sum(seen.agree[:final_drafts])
+            self._report.final[seen.req_id] += seen.given
+            self._report.final_agreed += sum(seen.agree[: seen.given])
 
     def _room(self, i: int) -> int:
         """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
@@ -152,13 +160,13 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             req_ids=req_ids,
             rows=rows,
             next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
-            room=self._rooms(sampled_token_ids),
+            room=self._rooms(sampled_token_ids, orders),
             positions=[self._num_tokens(i) - 1 for i in range(len(rows))],
             stop_token_ids=[one.all_stop_token_ids for one in params],
             quality=[final.quality(one, self.drafter.exit_quality) for one in params],
         )
         return self.drafter.propose(
-            step, self._shallow_step, self._report, may_draft=orders.may_draft
+            step, self._shallow_step, self._report, may_draft=orders.most_drafts > 0
         )
 
     def _shallow_step(self, rows: ShallowRows) -> Tensor:

@@ -5,6 +5,7 @@ CPU the plain sampler's own operation on all rows at once gives the same tokens 
 fraction of the time.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -46,14 +47,20 @@ def verified(best: Tensor, draft_token_ids: Tensor, num_draft_tokens: list[int])
         [num_reqs, 1 + longest draft] int32, filled up with PLACEHOLDER_TOKEN_ID, as
         vllm.v1.sample.rejection_sampler.RejectionSampler gives it.
     """
-    width = 1 + max(num_draft_tokens)
     said, drafts = iter(best.tolist()), iter(draft_token_ids.tolist())
-    sampled = np.full((len(num_draft_tokens), width), PLACEHOLDER_TOKEN_ID, dtype=np.int32)
-    for row, count in zip(sampled, num_draft_tokens, strict=True):
+    sampled = []
+    for count in num_draft_tokens:
         own = list(islice(said, count + 1))
-        length = 1 + _agreeing(own, list(islice(drafts, count)))
-        row[:length] = own[:length]
-    return torch.from_numpy(sampled)
+        sampled.append(own[: 1 + _agreeing(own, list(islice(drafts, count)))])
+    return padded(sampled, 1 + max(num_draft_tokens))
+
+
+def padded(sampled: Sequence[Sequence[int]], width: int) -> Tensor:
+    """[num_reqs, width] int32, filled up as vLLM's rejection sampler does."""
+    rows = np.full((len(sampled), width), PLACEHOLDER_TOKEN_ID, dtype=np.int32)
+    for row, token_ids in zip(rows, sampled, strict=True):
+        row[: len(token_ids)] = token_ids
+    return torch.from_numpy(rows)
 
 
 def _agreeing(own: list[int], drafted: list[int]) -> int:

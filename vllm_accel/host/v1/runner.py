@@ -154,13 +154,15 @@ class DraftingRunnerMixin:
         """Tokens of request `i`, those sampled in this step included."""
         return int(self.input_batch.num_tokens_no_spec[i])
 
-    def _rooms(self, sampled_token_ids: list[list[int]]) -> list[int]:
+    def _rooms(self, sampled_token_ids: list[list[int]], orders: Orders) -> list[int]:
         """Drafts each request can still use: none behind a token that ends it.
 
-        The scheduler learns of the end when the next step is already queued.
+        The scheduler learns of the end when the next step is already queued. Without any
+        room in that step the gate is asked all the same, so that there may be next time.
         """
+        most = orders.most_drafts or self.max_model_len
         return [
-            0 if self._ends(i, token_ids) else self._room(i)
+            0 if self._ends(i, token_ids) else min(most, self._room(i))
             for i, token_ids in enumerate(sampled_token_ids)
         ]
 
@@ -205,14 +207,14 @@ class CerberusRunnerMixin(DraftingRunnerMixin):
             req_ids=self.input_batch.req_ids,
             rows=rows,
             next_tokens=[ids[-1] if ids else 0 for ids in sampled_token_ids],
-            room=self._rooms(sampled_token_ids),
+            room=self._rooms(sampled_token_ids, orders),
         )
         return self.drafter.propose(
             requests,
             sample_hidden_states,
             self._target_logits,
             self._report,
-            may_draft=orders.may_draft,
+            may_draft=orders.most_drafts > 0,
         )
 
     def _learn(self, verdict: Verdict) -> None:

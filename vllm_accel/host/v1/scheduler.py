@@ -15,14 +15,14 @@ from vllm_accel.host.hooks import run_ahead
 from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.report import Orders, StepTime, attach, attached
 from vllm_accel.host.v1.clock import StepClock
-from vllm_accel.host.v1.response import with_report
+from vllm_accel.host.v1.response import MarkingMixin
 from vllm_accel.host.v1.run_ahead import RunAhead, room
 from vllm_accel.host.v1.summary import Summary
 from vllm_accel.paging import num_pages
 from vllm_accel.speculate import StepReport
 
 
-class AccelScheduler(AsyncScheduler):
+class AccelScheduler(MarkingMixin, AsyncScheduler):
     """Overrides of AsyncScheduler (vllm/v1/core/sched/async_scheduler.py, 0.32)."""
 
     def __init__(
@@ -93,20 +93,20 @@ class AccelScheduler(AsyncScheduler):
         scheduler_output = super().schedule(*args, **kwargs)
         grammar = scheduler_output.has_structured_output_requests
         self._run_ahead.scheduled(grammar=grammar)  # it needs the token before
-        has_room = self._run_ahead.makes_room and self._make_room(scheduler_output)
+        size = self._make_room(scheduler_output) if self._run_ahead.makes_room else 0
         orders = Orders(
-            may_draft=has_room or not self.runs_ahead,
-            keep_drafts=has_room,
+            most_drafts=size if self.runs_ahead else self._longest,
+            keep_drafts=size > 0,
             measured=self._measured,
         )
         attach(scheduler_output, orders)
         self._measured = []
         return scheduler_output
 
-    def _make_room(self, scheduler_output: Any) -> bool:
+    def _make_room(self, scheduler_output: Any) -> int:
         """In the next step of these requests, for drafts that only the workers know.
 
-        False: so many requests run that there is none.
+        Drafts of each: so many requests may run that there is room for none.
         """
         size = room(self._longest, len(self.running), self.max_num_scheduled_tokens)
         placeholders = [-1] * size
@@ -114,7 +114,7 @@ class AccelScheduler(AsyncScheduler):
             request = self.requests[req_id]
             if not request.is_prefill_chunk:
                 request.spec_token_ids = placeholders
-        return size > 0
+        return size
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Counts what requests were given; takes drafts that the workers did not keep."""
@@ -142,12 +142,17 @@ class AccelScheduler(AsyncScheduler):
         return True
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lets a response say how many of its tokens no deep layer had a say in."""
-        given, others = super()._free_request(request, *args, **kwargs)
-        final = self._final.pop(request.request_id, 0)
+        """Forgets what the request was given."""
+        given = super()._free_request(request, *args, **kwargs)
+        self._final.pop(request.request_id, None)
+        return given
+
+    def how_made(self, request: Any) -> dict[str, Any]:
+        """See `MarkingMixin.how_made`: tokens no deep layer had a say in."""
+        said = super().how_made(request)
         if self._drafts_are_final:
-            given = with_report(given, request, {"final_tokens": final})
-        return given, others
+            said["final_tokens"] = self._final[request.request_id]
+        return said
 
     def _note_empty_room(self, scheduler_output: Any, report: StepReport | None) -> None:
         """vLLM takes it for drafts that were rejected, which is right for its counts of

@@ -10,7 +10,7 @@ from vllm_accel.host.metrics import CounterFile
 from vllm_accel.host.v1.lazyllm import settings
 from vllm_accel.host.v1.lazyllm.kv_groups import SpanManager, groups_of_spans
 from vllm_accel.host.v1.lazyllm.wire import PageOrders, PruneReport, attach, attached
-from vllm_accel.host.v1.response import with_report
+from vllm_accel.host.v1.response import MarkingMixin
 from vllm_accel.host.v1.scheduler import AccelScheduler
 from vllm_accel.lazyllm.pruner import PruneCounts
 from vllm_accel.paging import PageLedger, num_pages
@@ -94,11 +94,10 @@ class PruningMixin:
         wanted = settings.aux_blocks(self.vllm_config, spec, parked)
         self._aux.aux_wanted[request.request_id] = wanted
 
-    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lets a response say whether some of its prompt may have been left out."""
+    def how_made(self, request: Any) -> dict[str, Any]:
+        """See `MarkingMixin.how_made`: whether some of its prompt may be left out."""
         pruned = request.request_id in self._aux.aux_wanted
-        given, others = super()._free_request(request, *args, **kwargs)
-        return with_report(given, request, {"pruned": pruned}), others
+        return {**super().how_made(request), "pruned": pruned}
 
     def _free_blocks(self, request: Any) -> None:
         """Forgets a request for good."""
@@ -155,7 +154,7 @@ class PruningMixin:
         self._counted = (ledger.pages_given_back, ledger.pages_declined)
 
 
-class LazyScheduler(PruningMixin, Scheduler):
+class LazyScheduler(PruningMixin, MarkingMixin, Scheduler):
     """vLLM's, for LazyLLM alone."""
 
 
