@@ -5,6 +5,10 @@ import pytest
 pytestmark = pytest.mark.engine
 
 DEFAULTS = {"VLLM_CPU_ATTN_SPLIT_KV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+METHODS = {
+    "cerberus": {"method": "cerberus", "gate": "always"},
+    "free": {"method": "free", "gate": "always", "exit_layer": 4},
+}
 GAP = {"bfloat16": 2e-2, "float32": 1e-4}
 MAX_TIED_SHARE = 0.01
 
@@ -25,17 +29,33 @@ def first_difference(ours, plain):
     return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_only_ties_differ_at_default_settings(
-    generate, reference_model, reference_prompts, dtype
-):
-    engine = {"model": reference_model, "dtype": dtype, "enforce_eager": False}
-    plain = generate(engine, batches(reference_prompts, logprobs=2), env=DEFAULTS)
-    cerberus = {"speculative_config": {"method": "cerberus", "gate": "always"}}
-    ours = generate(engine | cerberus, batches(reference_prompts), env=DEFAULTS)
+@pytest.fixture(scope="module")
+def answers(generate, reference_model, reference_prompts):
+    """By dtype and method, None for plain vLLM."""
+    known = {}
+
+    def run(dtype, method=None):
+        if (dtype, method) not in known:
+            engine = {"model": reference_model, "dtype": dtype, "enforce_eager": False}
+            if method is not None:
+                engine["speculative_config"] = METHODS[method]
+            sampling = {} if method else {"logprobs": 2}
+            asked = batches(reference_prompts, **sampling)
+            known[dtype, method] = generate(engine, asked, env=DEFAULTS)["batches"]
+        return known[dtype, method]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [("bfloat16", "cerberus"), ("float32", "cerberus"), ("bfloat16", "free")],
+)
+def test_only_ties_differ_at_default_settings(answers, dtype, method):
+    plain, ours = answers(dtype), answers(dtype, method)
     requests = [
         (a, b)
-        for mine, theirs in zip(ours["batches"], plain["batches"], strict=True)
+        for mine, theirs in zip(ours, plain, strict=True)
         for a, b in zip(mine, theirs, strict=True)
     ]
     gaps = [

@@ -23,7 +23,7 @@ def run(command, **env):
 def test_offline(name):
     done = run([sys.executable, str(EXAMPLES / name)])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "def load_config(path):" in done.stdout
+    assert "def load_config(" in done.stdout
     assert "vllm:accel_request_steps" in done.stdout
 
 

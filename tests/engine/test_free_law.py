@@ -68,17 +68,26 @@ def plain(generate, cut):
     return run
 
 
-@pytest.mark.parametrize("rollback", [None, 3.0])
-def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, rollback):
+# Chunked prefill, and the prompts' pages found again.
+CHUNKED = {**TIGHT, "num_gpu_blocks_override": None}
+
+
+@pytest.mark.parametrize(
+    ("engine", "rollback"), [(ROOMY, None), (ROOMY, 3.0), (CHUNKED, None)]
+)
+def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, engine, rollback):
     prompts = [batch["prompts"][0] for batch in law_batches()[:2]]
     free = {"method": "free", "mode": "exit", "threshold": 0.3, "exit_layer": 3}
     free |= {"gate": "threshold", "rollback": rollback}
-    arguments = {"model": cut[0], **FLOAT, **ROOMY, **TINY, "speculative_config": free}
-    batch = {"prompts": prompts, "sampling": [greedy(64), greedy(64)]}
-    found = generate(arguments, [batch])
+    arguments = {"model": cut[0], **FLOAT, **engine, **TINY, "speculative_config": free}
+    alone = [{"prompts": [prompt], "sampling": [greedy(64)]} for prompt in prompts]
+    found = generate(arguments, [*alone, *alone])
+    if engine is CHUNKED:
+        assert found["metrics"]["vllm:prefix_cache_hits"] > 0
     model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
     taken_back = 0
-    for prompt, answer in zip(prompts, found["batches"][0], strict=True):
+    given = [answer for batch in found["batches"] for answer in batch]
+    for prompt, answer in zip([*prompts, *prompts], given, strict=True):
         published = Free(
             TransformersLayers(model), 3, "exit", 0.3, cap=4, rollback=rollback
         )

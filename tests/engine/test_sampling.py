@@ -17,10 +17,23 @@ TOKENS = 4
 
 @pytest.fixture(scope="module")
 def repetitive(tmp_path_factory):
-    """A tiny model that likes to repeat itself, so that heads of zeros are often right."""
+    """A tiny model that likes to repeat itself, so that heads of zeros are often right,
+    and configs of the methods for it."""
     folder = tmp_path_factory.mktemp("sampling")
     model = write_tiny_model(folder / "model", vocab_size=VOCAB, scale=0.2, seed=2)
-    return model, write_untrained_heads(folder / "heads", model)
+    heads = write_untrained_heads(folder / "heads", model)
+    return model, {
+        "cerberus": {
+            "method": "cerberus",
+            "model": str(heads),
+            "gate": "vllm_accel.testing:StretchGate",
+        },
+        "free": {
+            "method": "free",
+            "exit_layer": 1,
+            "gate": "vllm_accel.testing:RandomExitGate",
+        },
+    }
 
 
 @torch.no_grad()
@@ -39,19 +52,16 @@ def exact_probabilities(model):
     return steps.sum(dim=(1, 2)).exp().numpy()
 
 
-def test_sampled_tokens_follow_the_targets_distribution(generate, repetitive):
-    model, heads = repetitive
+@pytest.mark.parametrize("method", ["cerberus", "free"])
+def test_sampled_tokens_follow_the_targets_distribution(generate, repetitive, method):
+    model, configs = repetitive
     sampling = {"temperature": 1.0, "max_tokens": TOKENS, "detokenize": False}
     engine = {
         "model": str(model),
         "skip_tokenizer_init": True,
         "dtype": "float32",
         "max_model_len": 64,
-        "speculative_config": {
-            "method": "cerberus",
-            "model": str(heads),
-            "gate": "vllm_accel.testing:StretchGate",
-        },
+        "speculative_config": configs[method],
     }
     batch = {"prompts": [PROMPT] * SAMPLES, "sampling": [sampling] * SAMPLES}
     result = generate(engine, [batch], processes=True)
@@ -69,19 +79,22 @@ def test_sampled_tokens_follow_the_targets_distribution(generate, repetitive):
     assert chisquare(observed, expected).pvalue > 1e-3
 
 
-def test_a_greedy_request_beside_sampled_ones_keeps_its_tokens(generate, repetitive):
-    model, heads = repetitive
+@pytest.mark.parametrize("method", ["cerberus", "free"])
+def test_a_greedy_request_beside_sampled_ones_keeps_its_tokens(
+    generate, repetitive, method
+):
+    model, configs = repetitive
     engine = {
         "model": str(model),
         "skip_tokenizer_init": True,
         "dtype": "float32",
         "max_model_len": 64,
     }
-    cerberus = {"method": "cerberus", "model": str(heads), "gate": "always"}
+    always = {"speculative_config": configs[method] | {"gate": "always"}}
     greedy = {"temperature": 0.0, "max_tokens": 40, "detokenize": False}
     sampled = greedy | {"temperature": 1.0}
     batch = {"prompts": [PROMPT] * 8, "sampling": [greedy, sampled] * 4}
     plain = generate(engine, [batch])["batches"][0]
-    ours = generate(engine | {"speculative_config": cerberus}, [batch])["batches"][0]
+    ours = generate(engine | always, [batch])["batches"][0]
     tokens = [[r["token_ids"] for r in rows[::2]] for rows in (plain, ours)]
     assert tokens[0] == tokens[1]

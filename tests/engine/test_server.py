@@ -1,5 +1,6 @@
 """`vllm serve` with the real client: completions, chat, streaming, /metrics."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.engine
 
+EDIT = Path(__file__).parents[2] / "examples" / "reference_model" / "edit"
 VLLM = Path(sys.executable).with_name("vllm")
 
 
@@ -78,6 +80,39 @@ def stream(client, model, prompt):
         model=model, prompt=prompt, max_tokens=48, temperature=0, stream=True
     )
     return "".join(part.choices[0].text for part in parts)
+
+
+def test_final_tokens_are_counted_in_the_response_also_before_a_stop_string(tmp_path):
+    from openai import OpenAI
+
+    model = str(EDIT)
+    lines = (EDIT.parent / "prompts" / "edits.jsonl").read_text().splitlines()
+    prompt = json.loads(lines[0])["prompt"]
+    config = json.dumps({"method": "free", "mode": "exit", "threshold": 0.9})
+    with served(model, tmp_path / "log", "--speculative-config", config) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+
+        def final(asked, **more):
+            answer = client.completions.create(
+                model=model,
+                prompt=prompt,
+                max_tokens=96,
+                temperature=0,
+                extra_body={"vllm_xargs": asked},
+                **more,
+            )
+            reason, made = answer.choices[0].finish_reason, answer.kv_transfer_params
+            return reason, made and made["vllm_accel"]["final_tokens"]
+
+        whole = final({"accel_report": 1})
+        stopped = final({"accel_report": 1}, stop=["seconds"])
+        assert whole[0] == "length"
+        assert stopped[0] == "stop"
+        assert 0 < stopped[1] < whole[1] < 96
+        assert final({"accel_report": 1, "early_exit": "false"})[1] == 0
+        assert final({})[1] is None
+        seen = counters(url)
+    assert seen["vllm:accel_final_tokens_total"] >= whole[1] + stopped[1]
 
 
 def test_completions_chat_streaming_and_metrics(

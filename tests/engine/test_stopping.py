@@ -21,6 +21,13 @@ ENDINGS = {
 
 AHEAD = "vllm:accel_gate_decisions|reason=ahead|state=closed"
 
+LOSSY = {
+    "method": "free",
+    "mode": "exit",
+    "exit_layer": 8,
+    "gate": "vllm_accel.testing:OpenQuality",
+    "exit_quality": 0.5,
+}
 METHODS = {
     "cerberus": {"method": "cerberus", "gate": "vllm_accel.testing:StretchGate"},
     "free": {
@@ -56,7 +63,8 @@ def answers(generate, reference_model, reference_prompts):
     """By method, "plain" among them."""
     asked = batches(reference_prompts)
     extras = {"plain": {}}
-    extras |= {name: {"speculative_config": config} for name, config in METHODS.items()}
+    configs = METHODS | {"free-exit": LOSSY}
+    extras |= {name: {"speculative_config": config} for name, config in configs.items()}
     return {
         name: generate({"model": reference_model, **extra}, asked, processes=True)
         for name, extra in extras.items()
@@ -96,3 +104,22 @@ def test_an_abort_and_a_grammar_while_steps_are_queued_leave_others_alone(answer
     aborted, whole = ours[0]["token_ids"], plain[0]["token_ids"]
     assert 12 == len(whole) <= len(aborted) < 160
     assert aborted[:12] == whole
+
+
+def test_final_drafts_end_where_they_should(answers):
+    """Nothing to compare them with: they are not plain vLLM's."""
+    found = answers["free-exit"]
+    by_ending = dict(zip(ENDINGS, found["batches"], strict=False))
+    assert {len(r["token_ids"]) for r in by_ending["max_tokens"]} == {7}
+    for name in ("stop token", "stop token after a minimum"):
+        ending = ENDINGS[name]
+        for r in by_ending[name]:
+            own = r["token_ids"][ending.get("min_tokens", 0) :]
+            stops = [i for i, token in enumerate(own) if token in ending["stop_token_ids"]]
+            assert stops in ([], [len(own) - 1])
+    for r in by_ending["stop string"]:
+        assert not any(stop in r["text"] for stop in ENDINGS["stop string"]["stop"])
+    *_, words = found["batches"][-1]
+    assert re.fullmatch("[a-z]{6}( [a-z]{6})+.*", words["text"])
+    final = [batch["vllm:accel_final_tokens"] for batch in found["metrics_by_batch"]]
+    assert 0 < final[0] < final[1] < final[-1]

@@ -95,8 +95,8 @@ class FreeDrafter:
         self, rows: ShallowRows, quality: Sequence[float], shallow: Shallow
     ) -> None:
         states = shallow(rows)
-        logits = self._head.logits(exit_states(states))
-        said = ExitSignals(logits, rows.req_ids, quality)
+        at_exit = exit_states(states)
+        said = ExitSignals(self._head.logits(at_exit), rows.req_ids, quality, at_exit)
         exits = self._gate.exits(said)
         self.stacks.push(rows, states, said.token_ids.tolist(), said.sureness, exits)
         going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]

@@ -98,8 +98,12 @@ class ExitSignals:
         logits: Tensor,  # [num_reqs, vocab] of the exit head
         req_ids: Sequence[str] = (),
         quality: Sequence[float] = (),
+        exit_states: Tensor | None = None,
     ) -> None:
         self._logits = logits
+        self.exit_states = exit_states
+        """[num_reqs, hidden_size] after the layers before the exit, for what a gate of
+        yours has learnt to read from them."""
         self.req_ids = req_ids
         """Per request, its id."""
         self.quality = quality

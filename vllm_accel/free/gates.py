@@ -2,7 +2,8 @@
 
 A draft goes on while the shallow model is sure enough. To add a gate, write a class with
 the members of `ExitGate` and name it by its dotted path:
-`"gate": "my_package.my_module:MyGate"`; it is made without arguments.
+`"gate": "my_package.my_module:MyGate"`; it is made without arguments. Of `ExitSignals` it
+may read the confidence, the entropy, or the exit states themselves.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
