@@ -90,7 +90,10 @@ class RandomExitGate(Threshold):
 
 
 class OpenQuality(ExitQuality):
-    """For free: the gate `quality`, open whatever it costs, so that no clock decides."""
+    """For free: the gate `quality`, open whatever it costs, so that no clock decides.
+
+    Nothing is drafted that is not final.
+    """
 
     def __init__(self) -> None:
         super().__init__(_DRAFT_TOKENS, INITIAL_THRESHOLD)
@@ -98,6 +101,11 @@ class OpenQuality(ExitQuality):
     def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
         """[num_reqs] True."""
         return [True] * len(req_ids)
+
+    def exits(self, said: ExitSignals) -> list[bool]:
+        """[num_reqs] True above the threshold."""
+        super().exits(said)
+        return self.final(said)
 
     def goes_on(self, req_ids: Sequence[str]) -> bool:
         """True."""

@@ -21,9 +21,13 @@ def test_drafts_stand_up_to_the_first_surprise_of_each_request():
     logits = torch.zeros(7, 4)
     logits[[1, 2, 4, 5], [0, 1, 2, 3]] = 9.0
     rows, token_ids = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 3, 1, 2, 3])
-    stands = final.standing(logits, rows, token_ids, [0, 3, 2], 2.0)
+    all_final = [[], [True] * 3, [True] * 2]
+    stands = final.standing(logits, rows, token_ids, all_final, 2.0)
     assert stands.tolist() == [True, False, False, True, True]
-    assert final.standing(logits, rows, token_ids, [0, 3, 2], None).all()
+    assert final.standing(logits, rows, token_ids, all_final, None).all()
+    some = [[], [False, True, True], [True, False]]
+    stands = final.standing(logits, rows, token_ids, some, None)
+    assert stands.tolist() == [False, True, True, True, False]
 
 
 def test_a_request_is_given_its_drafts_as_far_as_they_stand_and_a_deep_choice():
@@ -31,6 +35,13 @@ def test_a_request_is_given_its_drafts_as_far_as_they_stand_and_a_deep_choice():
     stand = [True, False, False, True, True]
     sampled = final.sampled(deep, [10, 11, 12, 13, 14], stand, [0, 3, 2])
     assert sampled.tolist() == [[7, -1, -1, -1], [10, 2, -1, -1], [13, 14, 8, -1]]
+
+
+def test_a_draft_that_is_not_final_is_kept_where_the_deep_choice_is_the_same():
+    deep = [[1, 2, 3, 4], [5, 6]]
+    drafts, stand = [1, 9, 9, 7], [False, True, False, False]
+    sampled = final.sampled(deep, drafts, stand, [3, 1])
+    assert sampled.tolist() == [[1, 9, 3, -1], [5, -1, -1, -1]]
 
 
 def test_a_plainly_greedy_request_may():

@@ -229,7 +229,8 @@ def served(gate, quality, honesty, tokens=6000):
             said = two_best(sure, quality)
             confidence.append(said.confidence.item())
             agree.append(bool(draw.random() < sure**honesty))
-            if gate.exits(said) != [True]:
+            gate.exits(said)
+            if gate.final(said) != [True]:
                 break
             drafted += 1
         gate.learn(Seen("a", drafted, confidence, agree))

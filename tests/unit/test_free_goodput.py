@@ -69,7 +69,8 @@ class World:
             agree.append(bool(self._random.random() < chance))
             if not agree[-1]:
                 break
-        self.gate.learn(Seen(req_id, drafted, sure[: len(agree)], agree))
+        stood = sum(agree[:drafted])
+        self.gate.learn(Seen(req_id, drafted, sure[: len(agree)], agree, stood))
 
 
 def mean_drafts(steps=300, **world):

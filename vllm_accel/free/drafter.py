@@ -39,9 +39,18 @@ class FreeDrafter:
         stacks: where drafts and exit states wait for the deep layers.
         head: what the model would say at the exit.
         gate: decides whom to draft for, and how far.
+        drafts_are_final: mode "exit", where the gate says which drafts are.
     """
 
-    def __init__(self, stacks: ExitStacks, head: ExitHead, gate: ExitGate) -> None:
+    def __init__(
+        self,
+        stacks: ExitStacks,
+        head: ExitHead,
+        gate: ExitGate,
+        *,
+        drafts_are_final: bool = False,
+    ) -> None:
+        self._drafts_are_final = drafts_are_final
         self.stacks = stacks
         self._head = head
         self._gate = gate
@@ -98,7 +107,9 @@ class FreeDrafter:
         at_exit = exit_states(states)
         said = ExitSignals(self._head.logits(at_exit), rows.req_ids, quality, at_exit)
         exits = self._gate.exits(said)
-        self.stacks.push(rows, states, said.token_ids.tolist(), said.sureness, exits)
+        final = self._gate.final(said) if self._drafts_are_final else None
+        token_ids = said.token_ids.tolist()
+        self.stacks.push(rows, states, token_ids, said.sureness, exits, final)
         going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]
         if not self._gate.goes_on(going_on):
             self.stacks.close(going_on)

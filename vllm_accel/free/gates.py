@@ -44,6 +44,13 @@ class ExitGate(Protocol):
         """[num_reqs] True where the shallow choice becomes a draft."""
         ...
 
+    def final(self, said: ExitSignals) -> list[bool]:
+        """[num_reqs] True where in mode "exit" the choice, once a draft, is not verified.
+
+        Asked after `exits`, and only in that mode.
+        """
+        ...
+
     def goes_on(self, req_ids: Sequence[str]) -> bool:
         """Whether another shallow step is to be run for those that just exited."""
         ...
@@ -79,6 +86,9 @@ class Threshold:
     def exits(self, said: ExitSignals) -> list[bool]:
         sure: list[bool] = (said.confidence > self.threshold).tolist()
         return sure
+
+    def final(self, said: ExitSignals) -> list[bool]:
+        return [True] * len(said)
 
     def goes_on(self, req_ids: Sequence[str]) -> bool:
         return True

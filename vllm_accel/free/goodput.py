@@ -4,7 +4,7 @@ A shallow step costs its own time and one more row for the deep layers, and give
 if shallow and deep model agree on it and on all before it. Both sides are learnt while
 serving: the chance from the shallow model's confidence, the time by `gating.cost`. The
 gate goes on while a second spent on it gives more tokens than a second does at the best
-rate in sight (renewal-reward).
+rate in sight (renewal-reward), and opens where stacks of late gave more than plain steps.
 """
 
 from collections import defaultdict
@@ -14,12 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_accel.free.exit_head import ExitSignals
+from vllm_accel.free.prospect import Prospect
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.calibrators import Floats, OnlineLogistic
 from vllm_accel.gating.cost import StepCost, StepShape
-from vllm_accel.gating.goodput import Load
+from vllm_accel.gating.goodput import FIRST_STEPS, REFRESH_EVERY, Load
 
 _STACKS_AT_ONCE = 16
+_LOOKS = 8
+"""Stacks to be seen, ended as the gate wants, before what they give decides."""
+_FIRST_WAIT, _LOOKS_AGAIN = 12, 2
+"""Closed steps before that many are opened again to look; the wait doubles every time, up
+to `REFRESH_EVERY`: the first tokens of an answer may be harder than the rest."""
 _RECENT = 0.1
 _USUAL = 0.6
 _PRIOR = (-1.0, 0.8, 2.0)
@@ -34,6 +40,8 @@ class _Step:
     """That decode."""
     opened: int = 0
     trying: bool = False
+    to_the_end: bool = False
+    """Drafts all it can, so that prices of all lengths are known."""
     noted: bool = False
     rate: float = 0.0
     """Tokens per second of the best plan."""
@@ -73,14 +81,18 @@ class ExitGoodput:
         self._usual = _USUAL
         self._seen: list[tuple[float, Seen]] = []
         self._loads: defaultdict[int, Load] = defaultdict(Load)
+        self._waits: defaultdict[int, int] = defaultdict(lambda: _FIRST_WAIT)
+        self._prospect = Prospect(draft_tokens)
+        self._unwanted: set[str] = set()
         self._step = _Step()
 
     def admit(self, req_ids: Sequence[str], num_decoding: int) -> list[bool]:
         """[num_reqs] True where to run the shallow layers; see `ExitGate.admit`."""
         self._step = step = _Step(requests=num_decoding)
         load = self._loads[num_decoding.bit_length()]
-        kind = load.untried()
+        kind = self._kind_to_try(load, num_decoding.bit_length())
         step.trying = kind is not None
+        step.to_the_end = step.trying and load.decisions[True] < FIRST_STEPS
         if kind is False or (kind is None and load.stays_closed()):
             load.note(False, step.trying)
             return [False] * len(req_ids)
@@ -90,7 +102,26 @@ class ExitGoodput:
             load.note(False, step.trying)
         step.opened = opened
         likeliest = set(np.argsort(-chances, kind="stable")[:opened].tolist())
-        return [i in likeliest for i in range(len(req_ids))]
+        admitted = [i in likeliest for i in range(len(req_ids))]
+        for req_id, yes in zip(req_ids, admitted, strict=True):
+            if yes:
+                mark = self._unwanted.add if step.to_the_end else self._unwanted.discard
+                mark(req_id)
+        return admitted
+
+    def _kind_to_try(self, load: Load, digits: int) -> bool | None:
+        """The kind of step to try now, if any: True drafts, False does not."""
+        kind = load.untried()
+        if kind is not None:
+            return kind
+        if not load.closed:
+            self._waits[digits] = _FIRST_WAIT
+            return True if self._prospect.num_stacks < _LOOKS else None
+        if load.same < self._waits[digits]:
+            return None
+        self._waits[digits] = min(REFRESH_EVERY, 2 * self._waits[digits])
+        load.to_try = _LOOKS_AGAIN
+        return True
 
     def exits(self, said: ExitSignals) -> list[bool]:
         """[num_reqs] True where the shallow choice is worth a row of the deep layers."""
@@ -99,10 +130,14 @@ class ExitGoodput:
         chances = self._chances(said).tolist()
         for req_id, chance in zip(said.req_ids, chances, strict=True):
             step.survival[req_id] = step.survival.get(req_id, 1.0) * chance
-        least = 0.0 if step.trying else step.rate * self._row_seconds()
+        least = 0.0 if step.to_the_end else step.rate * self._row_seconds()
         exits = [step.survival[req_id] > least for req_id in said.req_ids]
         step.drafted += sum(exits)
         return exits
+
+    def final(self, said: ExitSignals) -> list[bool]:
+        """[num_reqs] False: it weighs speed alone."""
+        return [False] * len(said)
 
     def _begin_shallow_step(self, said: ExitSignals) -> None:
         step = self._step
@@ -115,7 +150,7 @@ class ExitGoodput:
     def goes_on(self, req_ids: Sequence[str]) -> bool:
         """Whether one more shallow step of these gives more than its time is worth."""
         step = self._step
-        if step.trying or not req_ids:
+        if step.to_the_end or not req_ids:
             return True
         expected = sum(
             step.survival[req_id] * self._recent.get(req_id, self._usual)
@@ -132,6 +167,8 @@ class ExitGoodput:
             recent += _RECENT * (agree - recent)
             self._usual += 0.01 * (agree - self._usual)
         self._recent[seen.req_id] = recent
+        if seen.req_id not in self._unwanted:
+            self._prospect.learn(seen.drafted, seen.given)
         if len(self._seen) >= _STACKS_AT_ONCE:
             self._learn_all()
 
@@ -143,13 +180,16 @@ class ExitGoodput:
         """Forgets requests that ended."""
         for req_id in [known for known in self._recent if known not in req_ids]:
             del self._recent[req_id]
+        self._unwanted = {known for known in self._unwanted if known in req_ids}
 
     def _opened(self, chances: Floats, load: Load) -> int:
         """How many of the likeliest requests draft; one at most to try a closed gate."""
-        if self._step.trying:
+        if self._step.to_the_end:
             return 1 if load.closed else len(chances)
         plan = self._best(-np.sort(-chances))
         self._step.rate = plan.rate
+        if self._step.trying:
+            return 1 if load.closed else len(chances)
         return plan.opened if plan.gain >= load.least_gain else 0
 
     def _best(
@@ -157,20 +197,22 @@ class ExitGoodput:
         chances: Floats,  # [num_reqs] falling
     ) -> _Plan:
         """The best of all numbers of requests and of shallow steps, as far as foreseen."""
-        requests, most = self._step.requests, self._draft_tokens
+        requests, most, prospect = self._step.requests, self._draft_tokens, self._prospect
         steps = np.arange(1, most + 1)
-        expected = chances[:, None] ** steps  # [num_reqs, most] that a draft stands
-        tokens = requests + expected.cumsum(axis=1).cumsum(axis=0)
+        likelier = (chances[:, None] / self._usual) ** steps  # than in stacks of late
+        stood = np.minimum(prospect.stood * likelier, prospect.drafted)
+        tokens = requests + stood.cumsum(axis=1).cumsum(axis=0)
         opened = np.arange(1, len(chances) + 1)[:, None]
-        rows = (opened * steps).ravel()
+        looked = (opened * prospect.looked.cumsum()).ravel()
         shapes = StepShape(
-            requests + rows,
+            requests + (opened * prospect.drafted.cumsum()).ravel(),
             requests,
             0,
             (opened + 0 * steps).ravel(),
-            shallow_steps=(steps + 0 * opened).ravel(),
-            shallow_rows=rows,
-            kept_rows=rows,
+            # The longest stack of all says how often the layers are run.
+            shallow_steps=(1 - (1 - prospect.looked) ** opened).cumsum(axis=1).ravel(),
+            shallow_rows=looked,
+            kept_rows=looked,
         )
         rates = tokens.ravel() / self.cost.seconds(shapes)
         plain = requests / float(self.cost.seconds(StepShape(requests, requests))[0])

@@ -1,16 +1,18 @@
 """The gate `quality`: as many tokens as asked for are what all layers would say.
 
-Of mode `exit`, where nothing else corrects a draft.
+Of mode `exit`, where nothing else corrects a final draft.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Container
 
+import numpy as np
+
 from vllm_accel.free.exit_head import ExitSignals
 from vllm_accel.free.goodput import ExitGoodput
 from vllm_accel.free.stack import Seen
+from vllm_accel.gating.calibrators import Floats
 
 RATE = 0.5
 """Log odds of the confidence by which one wrong token moves a threshold."""
@@ -44,7 +46,7 @@ class Steering:
 
 
 class ExitQuality(ExitGoodput):
-    """Exits above a steered threshold, where as many do that it is worth its time.
+    """Tokens above a steered threshold are final; others are drafted where that pays.
 
     Args:
         draft_tokens: most tokens drafted per request.
@@ -60,23 +62,26 @@ class ExitQuality(ExitGoodput):
 
     def exits(self, said: ExitSignals) -> list[bool]:
         """See `ExitGate.exits`."""
-        self._begin_shallow_step(said)
         self._quality.update(zip(said.req_ids, said.quality, strict=True))
+        return super().exits(said)
+
+    def final(self, said: ExitSignals) -> list[bool]:
+        """See `ExitGate.final`."""
         pairs = zip(said.sureness, said.quality, strict=True)
-        exits = [sure > self.thresholds[quality] for sure, quality in pairs]
-        self._step.survival.update(dict.fromkeys(said.req_ids, 1.0))
-        self._step.drafted += sum(exits)
-        return exits
+        return [sure > self.thresholds[quality] for sure, quality in pairs]
 
     def learn(self, seen: Seen) -> None:
-        """See `ExitGate.learn`; the token behind the drafts is the deep layers' own.
+        """See `ExitGate.learn`; what stood and was wrong was final.
 
-        What makes drafting worth while is here that tokens leave, not that they are right.
+        The token behind the drafts is the deep layers' own.
         """
         wrong = seen.agree[: seen.given].count(False)
         self.thresholds.learn(self._quality[seen.req_id], wrong, seen.given + 1)
-        left = [i < seen.drafted for i in range(len(seen.agree))]
-        super().learn(dataclasses.replace(seen, agree=left))
+        super().learn(seen)
+
+    def _chances(self, said: ExitSignals) -> Floats:
+        """What is final stands, right or wrong."""
+        return np.where(self.final(said), 1.0, super()._chances(said))
 
     def threshold_of(self, req_id: str) -> float:
         """The confidence above which a request exits now."""

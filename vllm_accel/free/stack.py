@@ -25,6 +25,7 @@ What becomes of a stack:
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class _Stack:
     """The shallow choice after each token that was run."""
     confidence: list[float] = field(default_factory=list)
     """Of these choices."""
+    final: list[bool] = field(default_factory=list)
+    """Of the drafts, whether they stand unverified in mode "exit"."""
     open: bool = True
     """The newest token is still to be run."""
 
@@ -172,6 +175,7 @@ class ExitStacks:
         predicted: Iterable[int],
         confidence: Iterable[float],
         exits: Iterable[bool],
+        final: Iterable[bool] | None = None,
     ) -> None:
         """Takes a shallow step in.
 
@@ -181,11 +185,14 @@ class ExitStacks:
             predicted: per row, the shallow choice.
             confidence: per row, its confidence.
             exits: per row, whether that is enough; the paper: above the threshold.
+            final: per row, whether the choice stands unverified in mode "exit"; None: all
+                that exit do, as in the paper.
         """
         self.states[rows.state_rows] = states
-        choices = zip(rows.req_ids, predicted, confidence, exits, strict=True)
-        for req_id, token_id, sure, leaves in choices:
-            _push(self._stacks[req_id], token_id, sure, leaves)
+        final = repeat(True, len(rows.req_ids)) if final is None else final
+        choices = zip(rows.req_ids, predicted, confidence, exits, final, strict=True)
+        for req_id, *choice in choices:
+            _push(self._stacks[req_id], *choice)
 
     def close(self, req_ids: Iterable[str]) -> None:
         """Ends the drafting of requests, drafts so far kept: the policy's last word."""
@@ -196,6 +203,11 @@ class ExitStacks:
         """What a request has drafted, [] without a stack."""
         stack = self._stacks.get(req_id)
         return stack.drafts if stack else []
+
+    def final(self, req_id: str) -> list[bool]:
+        """Of a request's drafts, whether they stand unverified; [] without a stack."""
+        stack = self._stacks.get(req_id)
+        return list(stack.final) if stack else []
 
     def kept_rows(self, req_id: str, position: int, token_ids: Sequence[int]) -> list[int]:
         """Rows of `states` for the leading tokens whose shallow part is done.
@@ -248,13 +260,16 @@ class ExitStacks:
             self.drop(req_id)
 
 
-def _push(stack: _Stack, predicted: int, confidence: float, exits: bool) -> None:
+def _push(
+    stack: _Stack, predicted: int, confidence: float, exits: bool, final: bool
+) -> None:
     stack.predicted.append(predicted)
     stack.confidence.append(confidence)
     if not exits:
         stack.open = False
         return
     stack.token_ids.append(predicted)
+    stack.final.append(final)
     full = len(stack.drafts) == stack.most
     stack.open = not full and predicted not in stack.stop_token_ids
 

@@ -1,7 +1,7 @@
 """Drafts that the deep layers do not correct: FREE's mode "exit"."""
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -23,21 +23,21 @@ def standing(
     logits: Tensor,  # [rows, vocab]
     rows: Tensor,  # [drafts] of each draft, the row that says what stands in its place
     token_ids: Tensor,  # [drafts]
-    num_drafts: Sequence[int],  # per request, whose drafts stand together
+    final: Sequence[Sequence[bool]],  # per request, of its drafts
     limit: float | None,
 ) -> Tensor:
-    """[drafts] bool: False from a request's first draft on that surprises the layers.
+    """[drafts] bool: which stand unverified, none from the first that surprises on.
 
     Args:
         limit: nats, see `FreeConfig.rollback`.
     """
-    stands = torch.ones(len(rows), dtype=torch.bool)
+    stands = torch.tensor([yes for own in final for yes in own], dtype=torch.bool)
     if limit is None:
         return stands
     chances = logits[rows.long()].float().log_softmax(dim=-1)
     surprise = -chances.gather(1, token_ids.long()[:, None])[:, 0]
     first = 0
-    for own in surprise.split(list(num_drafts)):
+    for own in surprise.split([len(drafts) for drafts in final]):
         undone = first_to_undo(own.tolist(), limit)
         stands[first + (len(own) if undone is None else undone) : first + len(own)] = False
         first += len(own)
@@ -50,18 +50,23 @@ def sampled(
     stand: Sequence[bool],  # [drafts]
     num_drafts: Sequence[int],  # per request
 ) -> Tensor:
-    """Drafts up to the first that does not stand, and the deep choice in its place.
+    """Drafts that stand or are the deep choice, up to the first that is neither.
 
     Returns:
-        As `greedy.verified` does.
+        As `greedy.verified` does: the deep choice comes last.
     """
-    drafts, stands = iter(token_ids), iter(stand)
+    drafts = iter(zip(token_ids, stand, strict=True))
     given = []
     for deep, count in zip(deep_token_ids, num_drafts, strict=True):
-        own = list(islice(drafts, count))
-        length = sum(islice(stands, count))  # the rest falls with the first
-        given.append([*own[:length], deep[length]])
+        own = zip(islice(drafts, count), deep, strict=False)
+        kept = list(takewhile(_is_kept, list(own)))
+        given.append([*(draft for (draft, _), _ in kept), deep[len(kept)]])
     return padded(given, 1 + max(num_drafts))
+
+
+def _is_kept(row: tuple[tuple[int, bool], int]) -> bool:
+    (draft, stands), deep = row
+    return stands or draft == deep
 
 
 def only_drafts(

@@ -59,7 +59,9 @@ class FreeProposer:
         self._spans = Span(0, decoder.num_layers).split(exit_layer)
         head = ExitHead(self._adapter(), decoder.norm, target.compute_logits, self._dtype)
         self._decoder = decoder
-        self._drafter = FreeDrafter(self.stacks, head, self._gate)
+        self._drafter = FreeDrafter(
+            self.stacks, head, self._gate, drafts_are_final=self.drafts_are_final
+        )
         logger.info("free: exit after %d of %d layers", exit_layer, decoder.num_layers)
 
     def _adapter(self) -> ExitAdapter:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -102,8 +102,11 @@ class FreeRunnerMixin(DraftingRunnerMixin):
     ) -> Any:
         rows = spec_decode_metadata.target_logits_indices
         token_ids = spec_decode_metadata.draft_token_ids
-        limit = self.drafter.rollback
-        stand = final.standing(logits, rows, token_ids, num_drafts, limit)
+        stacks, limit = self.drafter.stacks, self.drafter.rollback
+        drafts = zip(self.input_batch.req_ids, num_drafts, strict=True)
+        # A draft whose stack is gone is verified.
+        flags = [(stacks.final(i) + [False] * count)[:count] for i, count in drafts]
+        stand = final.standing(logits, rows, token_ids, flags, limit)
         if self._can_verify(greedy.is_plain(self.input_batch.sampling_metadata), logits):
             deep = self._deep_token_ids
             sampled = final.sampled(deep, token_ids.tolist(), stand.tolist(), num_drafts)
@@ -122,17 +125,19 @@ class FreeRunnerMixin(DraftingRunnerMixin):
                 continue
             position = self._num_tokens(i) - len(sampled_token_ids[i]) - 1
             deep = sampled_token_ids if not self._deep_token_ids else self._deep_token_ids
+            flags = stacks.final(req_id)
             seen = stacks.settle(req_id, position, deep[i])
             if seen is not None:
                 given = max(0, len(sampled_token_ids[i]) - 1)  # the last one is the deep's
                 stood = min(given, len(scheduled.get(req_id, [])))
-                self._learn_of(replace(seen, stood=stood))
+                self._learn_of(replace(seen, stood=stood), flags)
 
-    def _learn_of(self, seen: Seen) -> None:
+    def _learn_of(self, seen: Seen, final: Sequence[bool]) -> None:
         self.drafter.learn(seen)
         if self.drafter.drafts_are_final:
-            self._report.final[seen.req_id] += seen.given
-            self._report.final_agreed += sum(seen.agree[: seen.given])
+            agreed = list(compress(seen.agree, final[: seen.given]))
+            self._report.final[seen.req_id] += len(agreed)
+            self._report.final_agreed += sum(agreed)
 
     def _room(self, i: int) -> int:
         """See `DraftingRunnerMixin._room`; a final draft must be what would be sampled."""
