@@ -102,6 +102,22 @@ def test_dearer_shallow_steps_are_never_taken_more_often(agree):
     assert cheap > dear
 
 
+def test_a_gate_that_closed_on_a_hard_beginning_opens_again():
+    there = World(agree=0.05, shallow_ms=1.5)
+    assert sum(there.step() for _ in range(60)) < 60
+    there._agree = 0.95
+    later = [there.step() for _ in range(150)]
+    assert np.mean(later[-50:]) > 0.7 * CAP
+
+
+def test_a_shallow_model_that_never_agrees_is_looked_at_ever_less():
+    there = World(agree=0.02, shallow_ms=1.5)
+    for _ in range(300):
+        there.step()
+    looks = [there.step() for _ in range(1000)]
+    assert sum(looks) < 30
+
+
 def test_a_step_that_may_not_draft_counts_as_neither_kind():
     gate = ExitGoodput(CAP)
     for _ in range(3):

@@ -18,12 +18,12 @@ from vllm_accel.free.prospect import Prospect
 from vllm_accel.free.stack import Seen
 from vllm_accel.gating.calibrators import Floats, OnlineLogistic
 from vllm_accel.gating.cost import StepCost, StepShape
-from vllm_accel.gating.goodput import FIRST_STEPS, REFRESH_EVERY, Load
+from vllm_accel.gating.goodput import FIRST_STEPS, REFRESH_EVERY, REOPEN_GAIN, Load
 
 _STACKS_AT_ONCE = 16
 _LOOKS = 8
 """Stacks to be seen, ended as the gate wants, before what they give decides."""
-_FIRST_WAIT, _LOOKS_AGAIN = 12, 2
+_FIRST_WAIT, _LOOKS_AGAIN = 6, 2
 """Closed steps before that many are opened again to look; the wait doubles every time, up
 to `REFRESH_EVERY`: the first tokens of an answer may be harder than the rest."""
 _RECENT = 0.1
@@ -96,12 +96,12 @@ class ExitGoodput:
         if kind is False or (kind is None and load.stays_closed()):
             load.note(False, step.trying)
             return [False] * len(req_ids)
-        chances = np.array([self._recent.get(one, self._usual) for one in req_ids])
-        opened = self._opened(chances, load)
+        favour = np.array([self._prospect.favour(req_id) for req_id in req_ids])
+        opened = self._opened(favour, load)
         if not opened:
             load.note(False, step.trying)
         step.opened = opened
-        likeliest = set(np.argsort(-chances, kind="stable")[:opened].tolist())
+        likeliest = set(np.argsort(-favour, kind="stable")[:opened].tolist())
         admitted = [i in likeliest for i in range(len(req_ids))]
         for req_id, yes in zip(req_ids, admitted, strict=True):
             if yes:
@@ -168,9 +168,30 @@ class ExitGoodput:
             self._usual += 0.01 * (agree - self._usual)
         self._recent[seen.req_id] = recent
         if seen.req_id not in self._unwanted:
-            self._prospect.learn(seen.drafted, seen.given)
+            self._prospect.learn(seen.req_id, seen.drafted, seen.given)
+            self._look_sooner(seen)
         if len(self._seen) >= _STACKS_AT_ONCE:
             self._learn_all()
+
+    def _look_sooner(self, seen: Seen) -> None:
+        """Where a closed gate looked and the stack was worth its time."""
+        requests, looked = self._step.requests, min(seen.drafted + 1, self._draft_tokens)
+        digits = requests.bit_length()
+        if not self._loads[digits].closed or not seen.given:
+            return
+        looks = np.array([0, looked])
+        shapes = StepShape(
+            requests + np.array([0, seen.drafted]),
+            requests,
+            0,
+            np.array([0, 1]),
+            shallow_steps=looks,
+            shallow_rows=looks,
+            kept_rows=looks,
+        )
+        plain, opened = self.cost.seconds(shapes)
+        if (requests + seen.given) * plain > REOPEN_GAIN * requests * opened:
+            self._waits[digits] = _FIRST_WAIT
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Takes the measured time of a finished step in."""
@@ -180,29 +201,29 @@ class ExitGoodput:
         """Forgets requests that ended."""
         for req_id in [known for known in self._recent if known not in req_ids]:
             del self._recent[req_id]
+        self._prospect.keep_only(req_ids)
         self._unwanted = {known for known in self._unwanted if known in req_ids}
 
-    def _opened(self, chances: Floats, load: Load) -> int:
+    def _opened(self, favour: Floats, load: Load) -> int:
         """How many of the likeliest requests draft; one at most to try a closed gate."""
         if self._step.to_the_end:
-            return 1 if load.closed else len(chances)
-        plan = self._best(-np.sort(-chances))
+            return 1 if load.closed else len(favour)
+        plan = self._best(-np.sort(-favour))
         self._step.rate = plan.rate
         if self._step.trying:
-            return 1 if load.closed else len(chances)
+            return 1 if load.closed else len(favour)
         return plan.opened if plan.gain >= load.least_gain else 0
 
     def _best(
         self,
-        chances: Floats,  # [num_reqs] falling
+        favour: Floats,  # [num_reqs] falling
     ) -> _Plan:
         """The best of all numbers of requests and of shallow steps, as far as foreseen."""
         requests, most, prospect = self._step.requests, self._draft_tokens, self._prospect
         steps = np.arange(1, most + 1)
-        likelier = (chances[:, None] / self._usual) ** steps  # than in stacks of late
-        stood = np.minimum(prospect.stood * likelier, prospect.drafted)
+        stood = np.minimum(favour[:, None] * prospect.stood, prospect.drafted)
         tokens = requests + stood.cumsum(axis=1).cumsum(axis=0)
-        opened = np.arange(1, len(chances) + 1)[:, None]
+        opened = np.arange(1, len(favour) + 1)[:, None]
         looked = (opened * prospect.looked.cumsum()).ravel()
         shapes = StepShape(
             requests + (opened * prospect.drafted.cumsum()).ravel(),

@@ -191,8 +191,8 @@ class ExitStacks:
         self.states[rows.state_rows] = states
         final = repeat(True, len(rows.req_ids)) if final is None else final
         choices = zip(rows.req_ids, predicted, confidence, exits, final, strict=True)
-        for req_id, *choice in choices:
-            _push(self._stacks[req_id], *choice)
+        for req_id, token_id, sure, leaves, stands in choices:
+            _push(self._stacks[req_id], token_id, sure, leaves, stands)
 
     def close(self, req_ids: Iterable[str]) -> None:
         """Ends the drafting of requests, drafts so far kept: the policy's last word."""
