@@ -199,3 +199,15 @@ def table_view(
         torch.from_numpy(block_table),
         torch.from_numpy(places),
     )
+
+
+def move_rows(
+    view: View,
+    positions: NDArray[np.int64],  # [num_lanes]
+    block_size: int,
+) -> None:
+    """Moves a view whose lanes have one row each to other positions, in place."""
+    pages, offsets = np.divmod(positions, block_size)
+    blocks = view.block_table.numpy()[np.arange(len(positions)), pages].astype(np.int64)
+    view.seq_lens.copy_(torch.from_numpy(positions + 1))
+    view.slot_mapping.copy_(torch.from_numpy(blocks * block_size + offsets))

@@ -1,9 +1,9 @@
 """Spans of vLLM's own Llama on vLLM's CPU attention, without an engine around them.
 
 python run_spans.py FOLDER DTYPE eager|compiled: two requests have a prompt; then five
-tokens of each go through the whole model, and, on the same prompts again, through the
-first layers one by one and through the others at once. Prints RESULT and what came out
-alike.
+tokens of each go through the whole model, at once and one by one, and, on the same prompts
+again, through the first layers, in both ways, and from there through the others at once.
+Prints RESULT and what came out alike.
 """
 
 import json
@@ -25,8 +25,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_accel.free.exit_head import ExitAdapter, ExitHead
 from vllm_accel.host.decoder import Decoder
-from vllm_accel.host.v1.span_context import context_of
+from vllm_accel.host.v1.span_context import SpanContext
 from vllm_accel.spans import Span
 from vllm_accel.testing import write_tiny_model
 
@@ -54,6 +55,9 @@ class Model:
             self.layers = self.config.compilation_config.static_forward_context
             self._make_cache(getattr(torch, dtype))
         self.decoder = Decoder(self.model, self.config)
+        adapter = ExitAdapter("mlp", WIDTH * HEADS, 8).to(getattr(torch, dtype))
+        norm, lm_head = self.decoder.norm, self.model.compute_logits
+        self.head = ExitHead(adapter, norm, lm_head, getattr(torch, dtype))
 
     def _make_cache(self, dtype):
         for layer in self.layers.values():
@@ -75,12 +79,12 @@ class Model:
         positions = np.concatenate([np.arange(first, first + count) for first in firsts])
         tokens = [TOKENS[i, first : first + count] for i, first in enumerate(firsts)]
         lens = np.full(2, count)
-        context = context_of(self.runner, np.arange(2), lens, positions)
+        context = SpanContext(self.runner, np.arange(2), lens, positions)
         return torch.cat(tokens), torch.from_numpy(positions), context
 
     def whole(self, firsts, count):
         tokens, positions, context = self.rows(firsts, count)
-        with override_forward_context(context):
+        with override_forward_context(context.forward):
             return self.model.model(tokens, positions, None)
 
     def prefill(self):
@@ -88,29 +92,61 @@ class Model:
             layer.kv_cache.zero_()
         positions = np.concatenate([np.arange(n) for n in PROMPTS])
         tokens = torch.cat([TOKENS[i, :n] for i, n in enumerate(PROMPTS)])
-        context = context_of(self.runner, np.arange(2), np.array(PROMPTS), positions)
-        with override_forward_context(context):
+        context = SpanContext(self.runner, np.arange(2), np.array(PROMPTS), positions)
+        with override_forward_context(context.forward):
             self.model.model(tokens, torch.from_numpy(positions), None)
 
     def cache(self):
         return [layer.kv_cache.clone() for layer in self.layers.values()]
 
 
-def from_the_exit(made, exit_layer):
-    """The five tokens of each, drafted and gone on from; and the deep cache between."""
-    shallow, deep = Span(0, LAYERS).split(exit_layer)
-    states = []
+def token_by_token(made, run):
+    """What `run` gives for the five tokens of each, a row of each at a time."""
+    tokens, positions, context = made.rows(PROMPTS, 1)
+    given = []
     for step in range(1 + DRAFTED):
-        tokens, positions, context = made.rows([n + step for n in PROMPTS], 1)
-        with override_forward_context(context):
-            states.append(made.decoder.run(shallow, tokens, None, positions))
-    between = made.cache()[exit_layer:]
-    hidden, residual = (
-        torch.stack(part, 1).flatten(0, 1) for part in zip(*states, strict=True)
+        if step:
+            context.move_to(np.array(PROMPTS) + step)
+            tokens, positions, _ = made.rows([n + step for n in PROMPTS], 1)
+        with override_forward_context(context.forward):
+            given.append(run(tokens, positions))
+    return given
+
+
+def drafted(made, exit_layer):
+    """What the exit says, token by token, and the cache then."""
+    made.prefill()
+    shallow, read = Span(0, exit_layer), made.head.read
+    said = token_by_token(
+        made, lambda tokens, at: made.decoder.run(shallow, tokens, None, at, read)
     )
+    return said, made.cache()
+
+
+def all_at_once(made, exit_layer):
+    """What the first layers hand on of all ten rows."""
+    made.prefill()
+    tokens, positions, context = made.rows(PROMPTS, 1 + DRAFTED)
+    with override_forward_context(context.forward):
+        return made.decoder.run(Span(0, exit_layer), tokens, None, positions)
+
+
+def deepened(made, exit_layer, hidden, residual):
+    """States after the other layers, of all ten rows, and the cache then."""
     _, positions, context = made.rows(PROMPTS, 1 + DRAFTED)
-    with override_forward_context(context):
-        return made.decoder.run(deep, hidden, residual, positions)[0], between
+    with override_forward_context(context.forward):
+        deep = Span(exit_layer, LAYERS)
+        return [made.decoder.run(deep, hidden, residual, positions)[0], *made.cache()]
+
+
+def says_what_its_head_says(made, reading):
+    """A compiled reading beside an eager one of the same states."""
+    eager = made.head.read(reading.handed_on, reading.residual)
+    exact = torch.equal(eager.exit_states, reading.exit_states)
+    same = torch.equal(eager.token_ids, reading.token_ids)
+    return (
+        exact and same and torch.allclose(eager.confidence, reading.confidence, atol=1e-2)
+    )
 
 
 def equal(ours, theirs):
@@ -125,16 +161,24 @@ def main(folder, dtype, eager):
             made.model.model(torch.arange(16).int(), torch.arange(16), None)
     made.prefill()
     before = made.cache()
-    expected, cache = made.whole(PROMPTS, 1 + DRAFTED), made.cache()
+    whole = [made.whole(PROMPTS, 1 + DRAFTED), *made.cache()]
+    made.prefill()
+    token_by_token(made, lambda tokens, at: made.model.model(tokens, at, None))
+    step_by_step = made.cache()
     alike = {}
     for exit_layer in (1, 3):
-        made.prefill()
-        found, between = from_the_exit(made, exit_layer)
+        at_once = deepened(made, exit_layer, *all_at_once(made, exit_layer))
+        said, cache = drafted(made, exit_layer)
+        kept = zip(*((each.handed_on, each.residual) for each in said), strict=True)
+        rows = [torch.stack(part, 1).flatten(0, 1) for part in kept]
         alike[exit_layer] = {
-            "states": torch.equal(found, expected),
-            "largest_difference": (found - expected).abs().max().item(),
-            "cache": equal(made.cache(), cache),
-            "deep_layers_untouched": equal(between, before[exit_layer:]),
+            "drafting_writes_what_the_whole_does": equal(
+                cache[:exit_layer], step_by_step[:exit_layer]
+            ),
+            "deep_layers_untouched": equal(cache[exit_layer:], before[exit_layer:]),
+            "readings": all(says_what_its_head_says(made, each) for each in said),
+            "two_spans_are_the_whole": equal(at_once, whole),
+            "from_drafts_too": equal(deepened(made, exit_layer, *rows), whole),
         }
     sys.stdout.write(f"RESULT {json.dumps(alike)}\n")
 

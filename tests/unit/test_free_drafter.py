@@ -38,7 +38,7 @@ class Model:
         states = torch.zeros(len(rows.req_ids), 2 * WIDTH)
         states[:, 0] = torch.tensor(rows.token_ids) + 1
         states[:, WIDTH + 1] = 5.0 - torch.tensor([p % 10 for p in rows.positions])
-        return states
+        return self.head.read(*states.chunk(2, dim=-1))
 
     def _logits(self, states):
         sharp = states[:, 1:2].clamp(min=0.1)
@@ -48,7 +48,7 @@ class Model:
 def drafter(gate, cap=4):
     model = Model()
     stacks = ExitStacks(cap=cap, max_reqs=4, state_width=2 * WIDTH)
-    return model, FreeDrafter(stacks, model.head, gate)
+    return model, FreeDrafter(stacks, gate)
 
 
 def two(room=(9, 9), rows=(0, 1)):

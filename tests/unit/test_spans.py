@@ -10,6 +10,7 @@ from vllm_accel.spans import (
     check_padding,
     group_layers,
     group_size,
+    move_rows,
     padding_ratio,
     spans_between,
     table_view,
@@ -134,3 +135,14 @@ def test_a_whole_batch_at_one_go_is_lane_by_lane():
     for name in ("query_start_loc", "seq_lens", "slot_mapping"):
         assert torch.equal(getattr(fast, name), getattr(slow, name))
     assert fast.block_table[0].tolist() == slow.block_table[0].tolist()
+
+
+def test_rows_moved_on_are_rows_looked_up_anew():
+    table = np.array([[3, 5], [2, 7]], dtype=np.int32)
+    ones = np.array([1, 1])
+    moved = table_view(table, ones, np.array([2, 5]), 4)
+    for positions in ([3, 6], [4, 7]):  # the first comes to its next page
+        move_rows(moved, np.array(positions), 4)
+        anew = table_view(table, ones, np.array(positions), 4)
+        for name in ("query_start_loc", "seq_lens", "slot_mapping", "block_table"):
+            assert torch.equal(getattr(moved, name), getattr(anew, name))

@@ -8,16 +8,13 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from vllm_accel.free.exit_head import ExitHead, ExitSignals
+from vllm_accel.free.exit_head import ExitReading, ExitSignals
 from vllm_accel.free.gates import ExitGate
 from vllm_accel.free.stack import ExitStacks, ShallowRows
 from vllm_accel.speculate import Decoding, Opening, StepReport
 
-Shallow = Callable[[ShallowRows], Tensor]
-"""Runs the layers before the exit: states [rows, 2 * hidden_size], of each row what the
-last of them hands on and its residual, side by side."""
+Shallow = Callable[[ShallowRows], ExitReading]
+"""Runs the layers before the exit, and what the model would say there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,6 @@ class FreeDrafter:
 
     Args:
         stacks: where drafts and exit states wait for the deep layers.
-        head: what the model would say at the exit.
         gate: decides whom to draft for, and how far.
         drafts_are_final: mode "exit", where the gate says which drafts are.
     """
@@ -45,14 +41,12 @@ class FreeDrafter:
     def __init__(
         self,
         stacks: ExitStacks,
-        head: ExitHead,
         gate: ExitGate,
         *,
         drafts_are_final: bool = False,
     ) -> None:
         self._drafts_are_final = drafts_are_final
         self.stacks = stacks
-        self._head = head
         self._gate = gate
         self._opening = Opening()
 
@@ -103,21 +97,12 @@ class FreeDrafter:
     def _shallow_step(
         self, rows: ShallowRows, quality: Sequence[float], shallow: Shallow
     ) -> None:
-        states = shallow(rows)
-        at_exit = exit_states(states)
-        said = ExitSignals(self._head.logits(at_exit), rows.req_ids, quality, at_exit)
+        read = shallow(rows)
+        said = ExitSignals(read.logits, rows.req_ids, quality, read)
         exits = self._gate.exits(said)
         final = self._gate.final(said) if self._drafts_are_final else None
         token_ids = said.token_ids.tolist()
-        self.stacks.push(rows, states, token_ids, said.sureness, exits, final)
+        self.stacks.push(rows, read.states, token_ids, said.sureness, exits, final)
         going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]
         if not self._gate.goes_on(going_on):
             self.stacks.close(going_on)
-
-
-def exit_states(
-    states: Tensor,  # [rows, 2 * hidden_size]
-) -> Tensor:
-    """[rows, hidden_size]: what the layer hands on and its residual, added."""
-    handed_on, residual = states.chunk(2, dim=-1)
-    return handed_on + residual

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,32 @@ class ExitAdapter(nn.Module):
         return exit_states + scale * update
 
 
+class ExitReading(NamedTuple):
+    """What the layers before the exit came to, a row per token that was run."""
+
+    handed_on: Tensor
+    """[rows, hidden_size]: what the last of them hands on."""
+    residual: Tensor
+    """[rows, hidden_size]: what it leaves to be added."""
+    exit_states: Tensor
+    """[rows, hidden_size]: both added."""
+    logits: Tensor
+    """[rows, vocab]"""
+    token_ids: Tensor
+    """[rows] int64: first choices."""
+    confidence: Tensor
+    """[rows] float32: see `choices`."""
+
+    @property
+    def states(self) -> Tensor:
+        """[rows, 2 * hidden_size]: what is handed on and its residual, side by side.
+
+        Not put together where the reading is compiled: the compiler of torch 2.13 then
+        adds the two before what is handed on is there.
+        """
+        return torch.cat((self.handed_on, self.residual), dim=-1)
+
+
 class ExitHead:
     """The shallow model's ending: adapter, then the model's own final norm and LM head.
 
@@ -89,6 +116,29 @@ class ExitHead:
         """[n, vocab]"""
         return self.lm_head(self.states(exit_states))
 
+    def read(
+        self,
+        handed_on: Tensor,  # [n, hidden_size]
+        residual: Tensor,  # [n, hidden_size]
+    ) -> ExitReading:
+        """The shallow model's word on rows as they leave the last layer before the exit."""
+        exit_states = handed_on + residual
+        logits = self.logits(exit_states)
+        return ExitReading(handed_on, residual, exit_states, logits, *choices(logits))
+
+
+def choices(
+    logits: Tensor,  # [n, vocab]
+) -> tuple[Tensor, Tensor]:
+    """First choices [n] int64, and FREE's confidence of each [n] float32.
+
+    The confidence is the best probability less the second, `signals.margin`; from the two
+    best logits, which are looked for anyway, at half of its time.
+    """
+    best = logits.topk(2, dim=-1)
+    shares = signals.confidence(logits[:, None], best.values)
+    return best.indices[:, 0], shares[:, 0] - shares[:, 1]
+
 
 class ExitSignals:
     """The shallow model's choices in one shallow step, a row per request that drafts."""
@@ -98,43 +148,30 @@ class ExitSignals:
         logits: Tensor,  # [num_reqs, vocab] of the exit head
         req_ids: Sequence[str] = (),
         quality: Sequence[float] = (),
-        exit_states: Tensor | None = None,
+        reading: ExitReading | None = None,  # where they are from
     ) -> None:
         self._logits = logits
-        self.exit_states = exit_states
+        self.exit_states = reading.exit_states if reading else None
         """[num_reqs, hidden_size] after the layers before the exit, for what a gate of
         yours has learnt to read from them."""
         self.req_ids = req_ids
         """Per request, its id."""
         self.quality = quality
         """Per request, the share of its tokens that the deep layers should agree with."""
+        chosen = reading[-2:] if reading else choices(logits)
+        self.token_ids: Tensor = chosen[0]
+        """[num_reqs] int64: the shallow model's first choices."""
+        self.confidence: Tensor = chosen[1]
+        """[num_reqs] float32: best probability less the second."""
 
     def __len__(self) -> int:
         return int(self._logits.shape[0])
-
-    @cached_property
-    def _best(self) -> torch.return_types.topk:
-        return self._logits.topk(2, dim=-1)
 
     @cached_property
     def sureness(self) -> list[float]:
         """`confidence` as numbers: the gate and the stack both ask."""
         sure: list[float] = self.confidence.tolist()
         return sure
-
-    @property
-    def token_ids(self) -> Tensor:
-        """[num_reqs] int64: the shallow model's first choices."""
-        return self._best.indices[:, 0]
-
-    @cached_property
-    def confidence(self) -> Tensor:
-        """[num_reqs] float32: best probability less the second, `signals.margin`.
-
-        From the two best logits that were looked for anyway, at half of its time.
-        """
-        shares = signals.confidence(self._logits[:, None], self._best.values)
-        return shares[:, 0] - shares[:, 1]
 
     @cached_property
     def entropy(self) -> Tensor:

@@ -24,6 +24,9 @@ Their sum is the state after the layer. Kept apart, the residual as `residual_dt
 they are exact to the bit.
 """
 
+Ending = Callable[..., Any]
+"""Goes on from what a span's last layer hands on."""
+
 _CALL = ("positions", "hidden_states", "residual")
 _WARM_UP_ROWS = 8  # any number but 0 and 1, which a compiler takes for special
 
@@ -47,7 +50,7 @@ class Decoder:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         self._inner = _inner(model)
         self._vllm_config = vllm_config
-        self._units: dict[Span, Callable[..., Between]] = {}
+        self._units: dict[tuple[Span, Ending | None], Callable[..., Any]] = {}
         self.num_layers = len(self._inner.layers)
         self.hidden_size: int = vllm_config.model_config.get_hidden_size()
         self.residual_dtype = residual_dtype(vllm_config)
@@ -58,9 +61,13 @@ class Decoder:
         hidden: Tensor,  # [n, hidden_size], contiguous; [n] int32 token ids at layer 0
         residual: Tensor | None,  # [n, hidden_size] `residual_dtype`; None at layer 0
         positions: Tensor,  # [n] int64
-    ) -> Between:
-        """What the span's last layer hands on; see the class for its two ends."""
-        return self._unit(span)(hidden, residual, positions)
+        ending: Ending | None = None,
+    ) -> Any:
+        """What the span's last layer hands on, `Between`; see the class for its two ends.
+
+        Or what an ending makes of it: compiled with the span, it costs no call of its own.
+        """
+        return self._unit(span, ending)(hidden, residual, positions)
 
     def attend(
         self,
@@ -82,21 +89,20 @@ class Decoder:
         normed: Tensor = self._inner.norm(hidden)
         return normed
 
-    def prepare(self, spans: Sequence[Span]) -> None:
-        """Compiles spans before the first request does, where they are compiled."""
-        for span in spans:
-            self._unit(span)
+    def prepare(self, span: Span, ending: Ending | None = None) -> None:
+        """Compiles a span before the first request does, where spans are compiled."""
+        self._unit(span, ending)
 
-    def _unit(self, span: Span) -> Callable[..., Between]:
-        if span not in self._units:
-            self._units[span] = self._make_unit(span)
-        return self._units[span]
+    def _unit(self, span: Span, ending: Ending | None) -> Callable[..., Any]:
+        if (span, ending) not in self._units:
+            self._units[span, ending] = self._make_unit(span, ending)
+        return self._units[span, ending]
 
-    def _make_unit(self, span: Span) -> Callable[..., Between]:
+    def _make_unit(self, span: Span, ending: Ending | None) -> Callable[..., Any]:
         embed = None if span.first else self._inner.embed_input_ids
         norm = self._inner.norm if span.stop == self.num_layers else None
         layers = list(self._inner.layers)[span.first : span.stop]
-        run = _through(layers, embed, norm, self.residual_dtype)
+        run = _through(layers, embed, norm, self.residual_dtype, ending)
         config = self._vllm_config.compilation_config
         if config.mode == CompilationMode.NONE:
             return run
@@ -105,7 +111,7 @@ class Decoder:
         return compiled
 
     @torch.inference_mode()
-    def _warm_up(self, span: Span, unit: Callable[..., Between]) -> None:
+    def _warm_up(self, span: Span, unit: Callable[..., Any]) -> None:
         """Compiles for any number of rows; attention without metadata does nothing."""
         positions = torch.arange(_WARM_UP_ROWS)
         hidden, residual = positions.int(), None
@@ -139,22 +145,26 @@ def _through(
     embed: Callable[[Tensor], Tensor] | None,
     norm: Any,
     residual_dtype: torch.dtype,
-) -> Callable[..., Between]:
-    def run(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Between:
+    ending: Ending | None,
+) -> Callable[..., Any]:
+    def run(hidden: Tensor, residual: Tensor | None, positions: Tensor) -> Any:
         if embed is not None:
             hidden = embed(hidden)
         for layer in layers:
             hidden, residual = layer(positions, hidden, residual)
-        if norm is None:
-            return hidden, residual.to(residual_dtype)
-        return norm(hidden, residual)[0], None
+        handed_on = (
+            (hidden, residual.to(residual_dtype))
+            if norm is None
+            else (norm(hidden, residual)[0], None)
+        )
+        return handed_on if ending is None else ending(*handed_on)
 
     # The compiler keeps what it made by code object, and is told to check nothing else.
     run.__code__ = run.__code__.replace(co_name=f"run_{id(layers)}")
     return run
 
 
-def _compiled(run: Callable[..., Between], config: Any) -> Callable[..., Between]:
+def _compiled(run: Callable[..., Any], config: Any) -> Callable[..., Any]:
     """As vllm/compilation/wrapper.py:TorchCompileWithNoGuardsWrapper does it (0.32)."""
     _apply_constrain_to_fx_strides_patch()
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 
 from vllm_accel.free import checkpoint
 from vllm_accel.free.drafter import FreeDrafter, Shallow, Stackable
-from vllm_accel.free.exit_head import ExitAdapter, ExitHead
+from vllm_accel.free.exit_head import ExitAdapter, ExitHead, ExitReading
 from vllm_accel.free.gates import make_gate
 from vllm_accel.free.stack import ExitStacks, Seen
 from vllm_accel.host import carrier
@@ -46,6 +46,7 @@ class FreeProposer:
         self.exit_quality = config.exit_quality
         self.rollback = config.rollback
         self._decoder: Decoder | None = None
+        self._head: ExitHead | None = None
         self._drafter: FreeDrafter | None = None
 
     def load_model(self, target: nn.Module) -> None:
@@ -58,9 +59,9 @@ class FreeProposer:
         exit_layer = self._config.exit_layer
         self._spans = Span(0, decoder.num_layers).split(exit_layer)
         head = ExitHead(self._adapter(), decoder.norm, target.compute_logits, self._dtype)
-        self._decoder = decoder
+        self._decoder, self._head = decoder, head
         self._drafter = FreeDrafter(
-            self.stacks, head, self._gate, drafts_are_final=self.drafts_are_final
+            self.stacks, self._gate, drafts_are_final=self.drafts_are_final
         )
         logger.info("free: exit after %d of %d layers", exit_layer, decoder.num_layers)
 
@@ -72,11 +73,18 @@ class FreeProposer:
         return adapter.to(self._dtype)
 
     def warm_up(self) -> None:
-        """Compiles both spans, where vLLM compiles models."""
-        self._decoder.prepare(self._spans)
+        """Compiles both spans, and the first with the exit, where vLLM compiles models."""
+        shallow, deep = self._spans
+        for span, ending in ((shallow, None), (shallow, self._head.read), (deep, None)):
+            self._decoder.prepare(span, ending)
+
+    def read(self, token_ids: Tensor, positions: Tensor) -> ExitReading:
+        """Of tokens [n] int32 at positions [n] int64."""
+        shallow = self._spans[0]
+        return self._decoder.run(shallow, token_ids, None, positions, self._head.read)
 
     def shallow(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """[n, 2 * hidden_size] exit states of tokens [n] int32 at positions [n] int64."""
+        """[n, 2 * hidden_size] as in `ExitReading.states`, of the same."""
         return torch.cat(
             self._decoder.run(self._spans[0], token_ids, None, positions), dim=-1
         )

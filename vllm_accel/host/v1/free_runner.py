@@ -11,13 +11,14 @@ from torch import Tensor
 from vllm.forward_context import override_forward_context
 from vllm.v1.outputs import SamplerOutput
 
-from vllm_accel.free.drafter import Stackable
+from vllm_accel.free.drafter import Shallow, Stackable
+from vllm_accel.free.exit_head import ExitReading
 from vllm_accel.free.resume import Split, split
 from vllm_accel.free.stack import Seen, ShallowRows
 from vllm_accel.host.report import Orders
 from vllm_accel.host.v1 import final, greedy
 from vllm_accel.host.v1.runner import DraftingRunnerMixin
-from vllm_accel.host.v1.span_context import context_of
+from vllm_accel.host.v1.span_context import SpanContext
 
 
 class FreeRunnerMixin(DraftingRunnerMixin):
@@ -78,8 +79,8 @@ class FreeRunnerMixin(DraftingRunnerMixin):
         if len(rows.rest):
             rest = torch.from_numpy(rows.rest)
             places = positions[rest]
-            context = context_of(self, rows.requests, rows.lens, places.numpy())
-            with override_forward_context(context):
+            context = SpanContext(self, rows.requests, rows.lens, places.numpy())
+            with override_forward_context(context.forward):
                 states[rest] = self.drafter.shallow(input_ids[rest], places)
         handed_on, residual = states.chunk(2, dim=-1)
         return handed_on.contiguous(), residual.contiguous()
@@ -171,15 +172,26 @@ class FreeRunnerMixin(DraftingRunnerMixin):
             quality=[final.quality(one, self.drafter.exit_quality) for one in params],
         )
         return self.drafter.propose(
-            step, self._shallow_step, self._report, may_draft=orders.most_drafts > 0
+            step, self._shallow_steps(), self._report, may_draft=orders.most_drafts > 0
         )
 
-    def _shallow_step(self, rows: ShallowRows) -> Tensor:
-        """[rows, 2 * hidden_size] exit states of one token of each of some requests."""
-        index = self.input_batch.req_id_to_index
-        requests = np.array([index[req_id] for req_id in rows.req_ids])
-        positions = np.array(rows.positions)
-        context = context_of(self, requests, np.ones_like(requests), positions)
-        with override_forward_context(context):
-            token_ids = torch.tensor(rows.token_ids, dtype=torch.int32)
-            return self.drafter.shallow(token_ids, torch.from_numpy(positions))
+    def _shallow_steps(self) -> Shallow:
+        """Runs one token of each of some requests, in a step's KV-cache blocks."""
+        drafting: list[str] = []
+        context: SpanContext | None = None
+
+        def run(rows: ShallowRows) -> ExitReading:
+            nonlocal context, drafting
+            positions = np.array(rows.positions)
+            if context is None or drafting != rows.req_ids:
+                index = self.input_batch.req_id_to_index
+                requests = np.array([index[req_id] for req_id in rows.req_ids])
+                context = SpanContext(self, requests, np.ones_like(requests), positions)
+                drafting = rows.req_ids
+            else:
+                context.move_to(positions)
+            with override_forward_context(context.forward):
+                token_ids = torch.tensor(rows.token_ids, dtype=torch.int32)
+                return self.drafter.read(token_ids, torch.from_numpy(positions))
+
+        return run

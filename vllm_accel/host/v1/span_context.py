@@ -1,39 +1,76 @@
 """vLLM's forward context for some rows of a batch, where a span is to run on these only."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.forward_context import ForwardContext, create_forward_context
+from vllm.forward_context import create_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_accel.spans import View, table_view
+from vllm_accel.spans import View, move_rows, table_view
+
+Places = NDArray[np.int64]
 
 
-def context_of(
-    runner: Any,
-    requests: NDArray[np.int64],  # [num_lanes] places in the runner's batch
-    lens: NDArray[np.int64],  # [num_lanes] rows of each
-    positions: NDArray[np.int64],  # [num_tokens]
-) -> ForwardContext:
-    """The context in which these rows write into, and read, their requests' own slots.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the layers of one KV-cache group are told."""
+
+    groups: Sequence[Any]
+    """vLLM's AttentionGroup."""
+    view: View
+    block_size: int
+    common: CommonAttentionMetadata
+
+
+class SpanContext:
+    """The context in which some rows write into, and read, their requests' own slots.
 
     The rows of a request are the last tokens it sees. Slots must be there: scheduled, or
     looked ahead for.
+
+    Args:
+        runner: vLLM's.
+        requests: [num_lanes] places in the runner's batch.
+        lens: [num_lanes] rows of each.
+        positions: [num_tokens]
     """
-    metadata: dict[str, Any] = {}
-    slot_mapping: dict[str, Any] = {}
+
+    def __init__(self, runner: Any, requests: Places, lens: Places, positions: Places):
+        self._parts = list(_parts(runner, requests, lens, positions))
+        self.forward = create_forward_context({}, runner.vllm_config, slot_mapping={})
+        for part in self._parts:
+            self._tell(part)
+
+    def move_to(self, positions: Places) -> None:
+        """Other positions [num_lanes] of the same requests, which have one row each.
+
+        In place, as few numbers differ: what is made anew takes a tenth of a step.
+        """
+        for part in self._parts:
+            move_rows(part.view, positions, part.block_size)
+            part.common.max_seq_len = int(positions.max()) + 1
+            self._tell(part)
+
+    def _tell(self, part: _Part) -> None:
+        for group in part.groups:
+            names, built = group.layer_names, group.build_metadata(part.common)
+            self.forward.attn_metadata.update(dict.fromkeys(names, built))
+            slots = dict.fromkeys(names, part.view.slot_mapping)
+            self.forward.slot_mapping.update(slots)
+
+
+def _parts(
+    runner: Any, requests: Places, lens: Places, positions: Places
+) -> Iterator[_Part]:
     for gid, groups in enumerate(runner.attn_groups):
         table = runner.input_batch.block_table[gid]
-        view = table_view(
-            table.get_numpy_array()[requests], lens, positions, table.block_size
-        )
-        common = _common(view, int(lens.max()))
-        for group in groups:
-            built = group.build_metadata(common)
-            metadata |= dict.fromkeys(group.layer_names, built)
-            slot_mapping |= dict.fromkeys(group.layer_names, view.slot_mapping)
-    return create_forward_context(metadata, runner.vllm_config, slot_mapping=slot_mapping)
+        block_size = table.block_size
+        rows = table.get_numpy_array()[requests]
+        view = table_view(rows, lens, positions, block_size)
+        yield _Part(groups, view, block_size, _common(view, int(lens.max())))
 
 
 def _common(view: View, max_query_len: int) -> CommonAttentionMetadata:

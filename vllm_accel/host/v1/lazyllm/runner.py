@@ -40,7 +40,8 @@ class LazyRunnerMixin:
     def warming_up_model(self) -> None:
         """Compiles spans where the model is compiled."""
         super().warming_up_model()
-        self._decoder.prepare(self._schedule.spans)
+        for span in self._schedule.spans:
+            self._decoder.prepare(span)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The original's specs, each with the span of its layer."""
