@@ -132,7 +132,7 @@ class FreeConfig(_Settings):
     exit_layer: int | None = None
     """Decoder layers a draft token runs. None: as the trained exit says."""
 
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int = 8
     """Most tokens drafted per request and step."""
 
     mode: str = "verify"

@@ -28,7 +28,7 @@ from vllm_accel.gating.goodput import Goodput
 from vllm_accel.gating.signals import Signals
 from vllm_accel.on_disk import base_model
 
-_DRAFT_TOKENS = 4
+_DRAFT_TOKENS = 8
 
 
 class RandomGate:

@@ -29,7 +29,7 @@ from tasks import Names
 from tokenizers import Tokenizer
 
 SHORTEST, LONGEST = 135, 215  # tokens of code, so that a row has 512 at most
-PLAIN_SHARE = 0.25  # of rows, so that the model does not forget how to write code
+PLAIN_SHARE = 0.1  # of rows, so that the model does not forget how to write code
 ORDER = [0, 1, 4, 2, 3, 5, 6, 7, 8, 9, 10, 11]  # of the layers, where copying comes early
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 _NAME = re.compile(r"\b[a-z_][a-z_0-9]{3,}\b")
@@ -57,9 +57,9 @@ def edits(
             yield f"# code\n{code}\n# rename {old} to {new}\n", edited
 
 
-def rows(corpus: Path, tokenizer: Tokenizer, count: int) -> Iterator[dict]:
-    """Lines of `vllm-accel train --data`."""
-    rng = random.Random(0)
+def rows(corpus: Path, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[dict]:
+    """Lines of `vllm-accel train --data`; of an edit the answer alone is learnt."""
+    rng = random.Random(seed)
     ids = np.memmap(corpus / "code.bin", dtype=np.uint16, mode="r")
     made = edits(ids, tokenizer, Names.of(tokenizer).training, rng)
     end_of_text = tokenizer.id_to_token(0)
@@ -70,12 +70,14 @@ def rows(corpus: Path, tokenizer: Tokenizer, count: int) -> Iterator[dict]:
             yield {"text": tokenizer.decode(piece, skip_special_tokens=False)}
         else:
             prompt, answer = next(made)
-            yield {"text": f"{prompt}{answer}\n{end_of_text}"}
+            asked = tokenizer.encode(prompt).ids
+            said = tokenizer.encode(f"{answer}\n{end_of_text}").ids
+            yield {"prompt_ids": asked, "token_ids": said}
 
 
-def prompts(corpus: Path, tokenizer: Tokenizer, count: int) -> Iterator[dict]:
+def prompts(corpus: Path, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[dict]:
     """Lines of `vllm-accel bench decode --prompts`, with what the answer should be."""
-    rng = random.Random(1)
+    rng = random.Random(seed)
     ids = held_out_ids(corpus, tokenizer, "code")
     made = edits(ids, tokenizer, Names.of(tokenizer).test, rng)
     for _ in range(count):
@@ -107,13 +109,14 @@ def main() -> None:
         lines.add_argument("corpus", type=Path, help="what corpus.py wrote")
         lines.add_argument("model", type=Path, help="for its tokenizer")
         lines.add_argument("--count", type=int, required=True)
+        lines.add_argument("--seed", type=int, default=0 if name == "rows" else 1)
     options = parser.parse_args()
     if options.what == "start":
         start(options.model, options.folder)
         return
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     make = rows if options.what == "rows" else prompts
-    for line in make(options.corpus, tokenizer, options.count):
+    for line in make(options.corpus, tokenizer, options.count, options.seed):
         sys.stdout.write(json.dumps(line) + "\n")
 
 

@@ -21,7 +21,9 @@ from vllm.inputs import tokens_input
 
 from vllm_accel.bench.engine import Decoded, tokens_per_s
 
-PARTS = ("shallow layers", "their context", "exit head", "deep layers", "rest")
+PARTS = ("drafting", "contexts", "last rows", "deep layers", "rest")
+"""First layers with the exit's head, row by row; what tells vLLM's attention where these
+are; the first layers of the rows behind the drafts; the deep layers of all; all else."""
 
 
 def watch(worker) -> None:
@@ -41,11 +43,12 @@ def watch(worker) -> None:
 
         return call
 
-    proposer.shallow = timed("shallow layers", proposer.shallow)
+    proposer.read = timed("drafting", proposer.read)
+    proposer.shallow = timed("last rows", proposer.shallow)
     proposer.deepen = timed("deep layers", proposer.deepen)
-    free_runner.context_of = timed("their context", free_runner.context_of)
-    head = proposer._drafter._head
-    head.logits = timed("exit head", head.logits)
+    context = free_runner.SpanContext
+    context.move_to = timed("contexts", context.move_to)
+    free_runner.SpanContext = timed("contexts", context)
     stacks = proposer.stacks
     runner.kept_rows = stacks.kept_rows
 

@@ -6,6 +6,8 @@ import pytest
 from free_reference import Free, TransformersLayers
 from transformers import AutoModelForCausalLM
 
+from vllm_accel.free import checkpoint
+from vllm_accel.gating.beta_mixture import BetaMixture
 from vllm_accel.testing import write_tiny_model, write_untrained_exit
 
 pytestmark = pytest.mark.engine
@@ -89,7 +91,7 @@ def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, engine
     given = [answer for batch in found["batches"] for answer in batch]
     for prompt, answer in zip([*prompts, *prompts], given, strict=True):
         published = Free(
-            TransformersLayers(model), 3, "exit", 0.3, cap=4, rollback=rollback
+            TransformersLayers(model), 3, "exit", 0.3, cap=8, rollback=rollback
         )
         said = published.generate(prompt, 64)
         taken_back += sum(said.drafted) - sum(said.kept)
@@ -100,6 +102,31 @@ def test_final_drafts_are_those_of_the_published_algorithm(generate, cut, engine
     assert (
         metrics["vllm:accel_final_tokens"] > metrics["vllm:accel_final_agreed_tokens"] > 0
     )
+
+
+def test_the_threshold_is_learnt_as_published(generate, cut):
+    prompts = law_batches()[2]["prompts"] * 2
+    free = {"method": "free", "mode": "exit", "gate": "beta_mixture", "model": cut[1]}
+    arguments = {"model": cut[0], **FLOAT, **ROOMY, **TINY, "speculative_config": free}
+    alone = [{"prompts": [prompt], "sampling": [greedy(64)]} for prompt in prompts]
+    found = generate(arguments, alone)
+    model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
+    config, adapter = checkpoint.load(cut[1])
+    published = Free(
+        TransformersLayers(model),
+        config.exit_layer,
+        "exit",
+        BetaMixture(),
+        adapter=adapter.float(),
+        cap=8,
+        deep_end=True,
+    )
+    thresholds = []
+    for prompt, answers_to_it in zip(prompts, found["batches"], strict=True):
+        said = published.generate(prompt, 64)
+        thresholds.append(said.threshold)
+        assert answers_to_it[0]["token_ids"] == said.token_ids, thresholds
+    assert len(set(thresholds)) > 2
 
 
 def test_final_drafts_agree_as_often_as_asked_in_bfloat16(generate, cut):

@@ -149,6 +149,8 @@ class Free:
         adapter: of the exit; None as in the paper.
         cap: most tokens drafted in a row; None as in the paper.
         rollback: RollBack's limit on -ln p, in mode "exit"; None: off.
+        deep_end: the last token of an answer is the deep layers' own, as an engine's is;
+            the paper's may leave at the exit.
     """
 
     def __init__(
@@ -160,7 +162,9 @@ class Free:
         adapter: ExitAdapter | None = None,
         cap: int | None = None,
         rollback: float | None = None,
+        deep_end: bool = False,
     ) -> None:
+        self._deep_end = deep_end or mode == "verify"
         self.layers, self.exit_layer, self.mode = layers, exit_layer, mode
         self.cap, self.rollback = cap, rollback
         self.estimator = threshold if isinstance(threshold, BetaMixture) else None
@@ -200,7 +204,7 @@ class Free:
         """New tokens: drafts that stand, and what the deep layers say after them."""
         stack = _Round([answer.token_ids[-1]])
         # The deep layers add a token of their own, unless the answer ends at the exit.
-        most = min(room - (self.mode == "verify"), self.cap or room)
+        most = min(room - self._deep_end, self.cap or room)
         while self._draft(stack, position, most, stop):
             pass
         answer.shallow_rows += len(stack.states)
