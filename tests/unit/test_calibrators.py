@@ -159,6 +159,15 @@ def test_extreme_features_stay_finite(value):
     assert np.isfinite(model.state_dict()["precision"]).all()
 
 
+@pytest.mark.parametrize("features", [(0.3, -2.0), (50.0, 1.0), (float("nan"), 9.0)])
+def test_one_line_in_plain_numbers_is_a_line_of_an_array(features):
+    model = OnlineLogistic(np.array([[0.5, 1.0, -0.7]]))
+    line = np.array([[features]])
+    for _ in range(3):  # and follows what is learnt
+        assert model.chance(features) == pytest.approx(model.probability(line).item())
+        model.update(line, np.array([[True]]), np.array([[True]]))
+
+
 def test_one_surprise_does_not_overturn_what_was_learnt():
     model = untaught()
     far = np.full((1, GROUPS, 4), 8.0)

@@ -124,3 +124,16 @@ def test_a_step_that_may_not_draft_counts_as_neither_kind():
         gate.admit(["a"], 1)  # three plain steps are tried first
     assert gate.admit(["a"], 1) == [True]
     assert gate.admit(["a"], 1) == [True]  # and asked again until one could
+
+
+def test_what_the_next_steps_cost_is_foreseen_as_if_asked_each_time():
+    there = World(agree=0.9, shallow_ms=0.5, requests=40)  # rows cost more from some on
+    for _ in range(200):
+        there.step()
+    gate = there.gate
+    gate.admit(there.req_ids, 40)
+    for going_on in (40, 40, 25, 25):
+        gate.exits(there._signals(there.req_ids[:going_on], 0.99))
+        shape = gate._shape(np.array([0, 1]), going_on)
+        now, then = gate.cost.seconds(shape)
+        assert gate._next_seconds(going_on) == pytest.approx(then - now)

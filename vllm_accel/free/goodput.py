@@ -7,6 +7,7 @@ gate goes on while a second spent on it gives more tokens than a second does at 
 rate in sight (renewal-reward), and opens where stacks of late gave more than plain steps.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class _Step:
     """What one more row costs that skips the first layers, once it was asked."""
     survival: dict[str, float] = field(default_factory=dict)
     """Per request, the chance that its drafts so far stand."""
+    foreseen: list[float] = field(default_factory=list)
+    """What the shallow steps to come cost, the next one last; of as many requests and
+    after as many steps as `foreseen_for` says."""
+    foreseen_for: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ class ExitGoodput:
         """[num_reqs] True where the shallow choice is worth a row of the deep layers."""
         step = self._step
         self._begin_shallow_step(said)
-        chances = self._chances(said).tolist()
+        chances = self._chances(said)
         for req_id, chance in zip(said.req_ids, chances, strict=True):
             step.survival[req_id] = step.survival.get(req_id, 1.0) * chance
         least = 0.0 if step.to_the_end else step.rate * self._row_seconds()
@@ -156,8 +161,7 @@ class ExitGoodput:
             step.survival[req_id] * self._recent.get(req_id, self._usual)
             for req_id in req_ids
         )
-        now, then = self.cost.seconds(self._shape(np.array([0, 1]), len(req_ids)))
-        return bool(expected > step.rate * (then - now))
+        return expected > step.rate * self._next_seconds(len(req_ids))
 
     def learn(self, seen: Seen) -> None:
         """Takes in where shallow and deep model agreed."""
@@ -241,11 +245,25 @@ class ExitGoodput:
         rate = max(float(rates[best]), plain)
         return _Plan(best // most + 1, rate, float(rates[best]) / plain)
 
-    def _chances(self, said: ExitSignals) -> Floats:
+    def _chances(self, said: ExitSignals) -> list[float]:
         """[num_reqs] that the deep layers will agree."""
         recent = [self._recent.get(req_id, self._usual) for req_id in said.req_ids]
-        features = _features(np.array(said.sureness), np.array(recent))
-        return self._odds.probability(features)[:, 0]
+        pairs = zip(said.sureness, recent, strict=True)
+        return [self._odds.chance(_features(sure, of_late)) for sure, of_late in pairs]
+
+    def _next_seconds(self, going_on: int) -> float:
+        """What one more shallow step costs, of as many requests.
+
+        Foreseen for all steps to come as long as all of these go on.
+        """
+        step = self._step
+        if step.foreseen_for != (going_on, step.shallow_steps) or not step.foreseen:
+            most = max(1, self._draft_tokens - step.shallow_steps)
+            more = np.arange(1 + most, dtype=np.float64)
+            seconds = self.cost.seconds(self._shape(more, going_on))
+            step.foreseen = np.diff(seconds)[::-1].tolist()
+        step.foreseen_for = going_on, step.shallow_steps + 1
+        return step.foreseen.pop()
 
     def _shape(self, more_steps: Floats, going_on: int) -> StepShape:
         """The step as it is, and with so many more shallow steps."""
@@ -277,14 +295,11 @@ class ExitGoodput:
         self._seen.clear()
         if agree:
             outcome = np.array(agree)[:, None]
-            features = _features(np.array(sure), np.array(recent))
+            features = np.array(list(map(_features, sure, recent)))[:, None]
             self._odds.update(features, outcome, np.ones_like(outcome))
 
 
-def _features(
-    confidence: Floats,  # [n] in [0, 1]
-    recent: Floats,  # [n]
-) -> Floats:
-    """[n, 1, 2] log odds of the confidence, and the share that agreed of late."""
-    sure = confidence.clip(1e-3, 1 - 1e-3)
-    return np.stack([np.log(sure / (1 - sure)), recent], axis=-1)[:, None]
+def _features(confidence: float, recent: float) -> tuple[float, float]:
+    """Log odds of a confidence in [0, 1], and the share that agreed of late."""
+    sure = min(1 - 1e-3, max(1e-3, confidence))
+    return math.log(sure / (1 - sure)), recent

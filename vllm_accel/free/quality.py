@@ -7,12 +7,9 @@ import math
 from collections import defaultdict
 from collections.abc import Container
 
-import numpy as np
-
 from vllm_accel.free.exit_head import ExitSignals
 from vllm_accel.free.goodput import ExitGoodput
 from vllm_accel.free.stack import Seen
-from vllm_accel.gating.calibrators import Floats
 
 RATE = 0.5
 """Log odds of the confidence by which one wrong token moves a threshold."""
@@ -79,9 +76,10 @@ class ExitQuality(ExitGoodput):
         self.thresholds.learn(self._quality[seen.req_id], wrong, seen.given + 1)
         super().learn(seen)
 
-    def _chances(self, said: ExitSignals) -> Floats:
+    def _chances(self, said: ExitSignals) -> list[float]:
         """What is final stands, right or wrong."""
-        return np.where(self.final(said), 1.0, super()._chances(said))
+        pairs = zip(self.final(said), super()._chances(said), strict=True)
+        return [1.0 if final else chance for final, chance in pairs]
 
     def threshold_of(self, req_id: str) -> float:
         """The confidence above which a request exits now."""
