@@ -1,6 +1,6 @@
 """Free's threshold while it serves one kind of text, then another, in one engine.
 
-    python examples/threshold_over_time.py MODEL --exit-layer 4 --prompts A.jsonl B.jsonl
+    python examples/threshold_over_time.py MODEL --prompts A.jsonl B.jsonl
 
 Mode `exit`. Draws the threshold of the gate `quality`, which decides, whatever it costs,
 and the one FREE's own estimator would have from the same evidence.
@@ -24,6 +24,7 @@ def record(options: argparse.Namespace, file: Path) -> list[list[dict]]:
     os.environ["ACCEL_RECORD"] = str(file)
     llm = LLM(
         options.model,
+        dtype=options.dtype,
         max_model_len=1024,
         max_num_seqs=options.batch_size,
         kv_cache_memory_bytes=2**28,
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64, help="of each file")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=Path("threshold.png"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

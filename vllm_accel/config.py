@@ -195,7 +195,8 @@ class FreeConfig(_Settings):
         _check_type(self, "decay", float, int)
         _check_type(self, "run_ahead", bool)
         _check_type(self, "check_base", bool)
-        _check_draft_tokens(self, "what a stack may hold; leave it out for 4")
+        usual = _default(self, "num_speculative_tokens")
+        _check_draft_tokens(self, f"what a stack may hold; leave it out for {usual}")
         _check_gate(self, EXIT_GATES)
         if self.mode not in MODES:
             raise ConfigError(

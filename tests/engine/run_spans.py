@@ -56,6 +56,7 @@ class Model:
             self._make_cache(getattr(torch, dtype))
         self.decoder = Decoder(self.model, self.config)
         adapter = ExitAdapter("mlp", WIDTH * HEADS, 8).to(getattr(torch, dtype))
+        torch.nn.init.normal_(adapter.up.weight, std=0.2)
         norm, lm_head = self.decoder.norm, self.model.compute_logits
         self.head = ExitHead(adapter, norm, lm_head, getattr(torch, dtype))
 
@@ -75,11 +76,12 @@ class Model:
         )
 
     def rows(self, firsts, count):
-        """Tokens, positions and context of `count` tokens of each request."""
+        """Tokens, positions and context of `count` tokens of each of the first requests."""
         positions = np.concatenate([np.arange(first, first + count) for first in firsts])
         tokens = [TOKENS[i, first : first + count] for i, first in enumerate(firsts)]
-        lens = np.full(2, count)
-        context = SpanContext(self.runner, np.arange(2), lens, positions)
+        requests = np.arange(len(firsts))
+        lens = np.full_like(requests, count)
+        context = SpanContext(self.runner, requests, lens, positions)
         return torch.cat(tokens), torch.from_numpy(positions), context
 
     def whole(self, firsts, count):
@@ -100,27 +102,50 @@ class Model:
         return [layer.kv_cache.clone() for layer in self.layers.values()]
 
 
-def token_by_token(made, run):
+def token_by_token(made, firsts, run, *, move):
     """What `run` gives for the five tokens of each, a row of each at a time."""
-    tokens, positions, context = made.rows(PROMPTS, 1)
-    given = []
+    made.prefill()
+    context, given = None, []
     for step in range(1 + DRAFTED):
-        if step:
-            context.move_to(np.array(PROMPTS) + step)
-            tokens, positions, _ = made.rows([n + step for n in PROMPTS], 1)
+        tokens, positions, anew = made.rows([n + step for n in firsts], 1)
+        if context is None or not move:
+            context = anew
+        else:
+            context.move_to(positions.numpy())
         with override_forward_context(context.forward):
             given.append(run(tokens, positions))
     return given
 
 
-def drafted(made, exit_layer):
+def whole_rows(made):
+    """States of the whole model token by token, and its cache then."""
+
+    def run(tokens, at):
+        return made.model.model(tokens, at, None)
+
+    states = token_by_token(made, PROMPTS, run, move=False)
+    return [*states, *made.cache()]
+
+
+def drafted(made, exit_layer, firsts=PROMPTS):
     """What the exit says, token by token, and the cache then."""
-    made.prefill()
-    shallow, read = Span(0, exit_layer), made.head.read
-    said = token_by_token(
-        made, lambda tokens, at: made.decoder.run(shallow, tokens, None, at, read)
-    )
-    return said, made.cache()
+
+    def run(tokens, at):
+        return made.decoder.run(Span(0, exit_layer), tokens, None, at, made.head.read)
+
+    return token_by_token(made, firsts, run, move=True), made.cache()
+
+
+def deepened_rows(made, exit_layer):
+    """As `whole_rows`, through the exit and on from what was read there."""
+    shallow, deep = Span(0, LAYERS).split(exit_layer)
+
+    def run(tokens, at):
+        said = made.decoder.run(shallow, tokens, None, at, made.head.read)
+        return made.decoder.run(deep, said.handed_on, said.residual, at)[0]
+
+    states = token_by_token(made, PROMPTS, run, move=True)
+    return [*states, *made.cache()]
 
 
 def all_at_once(made, exit_layer):
@@ -162,21 +187,19 @@ def main(folder, dtype, eager):
     made.prefill()
     before = made.cache()
     whole = [made.whole(PROMPTS, 1 + DRAFTED), *made.cache()]
-    made.prefill()
-    token_by_token(made, lambda tokens, at: made.model.model(tokens, at, None))
-    step_by_step = made.cache()
+    row_by_row = whole_rows(made)
     alike = {}
     for exit_layer in (1, 3):
         at_once = deepened(made, exit_layer, *all_at_once(made, exit_layer))
+        alone, _ = drafted(made, exit_layer, PROMPTS[:1])
         said, cache = drafted(made, exit_layer)
         kept = zip(*((each.handed_on, each.residual) for each in said), strict=True)
         rows = [torch.stack(part, 1).flatten(0, 1) for part in kept]
+        readings = [says_what_its_head_says(made, each) for each in (*alone, *said)]
         alike[exit_layer] = {
-            "drafting_writes_what_the_whole_does": equal(
-                cache[:exit_layer], step_by_step[:exit_layer]
-            ),
+            "readings": all(readings),
             "deep_layers_untouched": equal(cache[exit_layer:], before[exit_layer:]),
-            "readings": all(says_what_its_head_says(made, each) for each in said),
+            "on_from_a_reading": equal(deepened_rows(made, exit_layer), row_by_row),
             "two_spans_are_the_whole": equal(at_once, whole),
             "from_drafts_too": equal(deepened(made, exit_layer, *rows), whole),
         }

@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from vllm.config import CompilationMode
 
 from vllm_accel.errors import UnsupportedHost
+from vllm_accel.free.exit_head import ExitAdapter, ExitHead
 from vllm_accel.host.decoder import Decoder
 from vllm_accel.spans import Span
 
@@ -110,3 +111,19 @@ def test_layers_called_in_another_way_are_refused():
         made(layer=OtherwiseCalled)
     with pytest.raises(UnsupportedHost, match="has no layers like Llama's"):
         Decoder(nn.Linear(2, 2), None)
+
+
+@pytest.mark.parametrize("mode", [CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE])
+def test_an_ending_goes_on_from_what_a_span_hands_on(mode):
+    _, decoder = made(mode)
+    span = Span(0, 2)
+    adapter = ExitAdapter("mlp", WIDTH, 4)
+    nn.init.normal_(adapter.up.weight)
+    head = ExitHead(adapter, decoder.norm, nn.Linear(WIDTH, 16))
+    for rows in (1, 5, 7):
+        token_ids, positions = torch.arange(rows).int(), 3 * torch.arange(rows)
+        with torch.inference_mode():
+            said = decoder.run(span, token_ids, None, positions, head.read)
+            expected = head.read(*decoder.run(span, token_ids, None, positions))
+        for name, found in said._asdict().items():
+            torch.testing.assert_close(found, getattr(expected, name), msg=name)

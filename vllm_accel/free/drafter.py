@@ -102,7 +102,7 @@ class FreeDrafter:
         exits = self._gate.exits(said)
         final = self._gate.final(said) if self._drafts_are_final else None
         token_ids = said.token_ids.tolist()
-        self.stacks.push(rows, read.states, token_ids, said.sureness, exits, final)
+        self.stacks.push(rows, read.kept, token_ids, said.sureness, exits, final)
         going_on = [i for i, yes in zip(rows.req_ids, exits, strict=True) if yes]
         if not self._gate.goes_on(going_on):
             self.stacks.close(going_on)

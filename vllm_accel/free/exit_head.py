@@ -70,7 +70,7 @@ class ExitReading(NamedTuple):
     """[rows] float32: see `choices`."""
 
     @property
-    def states(self) -> Tensor:
+    def kept(self) -> Tensor:
         """[rows, 2 * hidden_size]: what is handed on and its residual, side by side.
 
         Not put together where the reading is compiled: the compiler of torch 2.13 then
@@ -158,7 +158,7 @@ class ExitSignals:
         """Per request, its id."""
         self.quality = quality
         """Per request, the share of its tokens that the deep layers should agree with."""
-        chosen = reading[-2:] if reading else choices(logits)
+        chosen = (reading.token_ids, reading.confidence) if reading else choices(logits)
         self.token_ids: Tensor = chosen[0]
         """[num_reqs] int64: the shallow model's first choices."""
         self.confidence: Tensor = chosen[1]

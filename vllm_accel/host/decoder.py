@@ -6,7 +6,7 @@ is compiled as a unit of its own, with the options vLLM compiles the whole with.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ they are exact to the bit.
 
 Ending = Callable[..., Any]
 """Goes on from what a span's last layer hands on."""
+
+Ended = TypeVar("Ended")
 
 _CALL = ("positions", "hidden_states", "residual")
 _WARM_UP_ROWS = 8  # any number but 0 and 1, which a compiler takes for special
@@ -55,6 +57,21 @@ class Decoder:
         self.hidden_size: int = vllm_config.model_config.get_hidden_size()
         self.residual_dtype = residual_dtype(vllm_config)
 
+    @overload
+    def run(
+        self, span: Span, hidden: Tensor, residual: Tensor | None, positions: Tensor
+    ) -> Between: ...
+
+    @overload
+    def run(
+        self,
+        span: Span,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        ending: Callable[..., Ended],
+    ) -> Ended: ...
+
     def run(
         self,
         span: Span,
@@ -63,7 +80,7 @@ class Decoder:
         positions: Tensor,  # [n] int64
         ending: Ending | None = None,
     ) -> Any:
-        """What the span's last layer hands on, `Between`; see the class for its two ends.
+        """What the span's last layer hands on; see the class for its two ends.
 
         Or what an ending makes of it: compiled with the span, it costs no call of its own.
         """

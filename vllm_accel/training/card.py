@@ -43,8 +43,8 @@ the model is served, not what it says."""
 
 _HEADS_HELD_OUT = """\
 {held_out_tokens} tokens of held-out continuations: the data's, or the model's own greedy
-ones of plain text. Accepted drafts a step, first choice of each head, up to the first wrong one:
-**{accepted_per_step}**.
+ones of plain text. Accepted drafts a step, first choice of each head, up to the first
+wrong one: **{accepted_per_step}**.
 
 | head | right at first choice | among its first five |
 |---|---|---|
@@ -66,8 +66,8 @@ loss of the whole model is {deep_loss_before} nats a token before this training 
 _EXIT_HELD_OUT = """\
 {held_out_tokens} tokens of held-out continuations: the data's, or the model's own greedy
 ones of plain text. The first choice at the exit is the whole model's in
-**{agreement:.1%}** of tokens, for {mean_agreed_run:.2f} tokens in a row. Area under the ROC curve of its confidence for
-agreement: {auc}. {trusted}
+**{agreement:.1%}** of tokens, for {mean_agreed_run:.2f} tokens in a row. Area under the
+ROC curve of its confidence for agreement: {auc}. {trusted}
 
 | threshold | exit rate | of these agree |
 |---|---|---|

@@ -84,7 +84,7 @@ class FreeProposer:
         return self._decoder.run(shallow, token_ids, None, positions, self._head.read)
 
     def shallow(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """[n, 2 * hidden_size] as in `ExitReading.states`, of the same."""
+        """[n, 2 * hidden_size] as in `ExitReading.kept`, of the same."""
         return torch.cat(
             self._decoder.run(self._spans[0], token_ids, None, positions), dim=-1
         )

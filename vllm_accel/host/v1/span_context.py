@@ -47,7 +47,7 @@ class SpanContext:
     def move_to(self, positions: Places) -> None:
         """Other positions [num_lanes] of the same requests, which have one row each.
 
-        In place, as few numbers differ: what is made anew takes a tenth of a step.
+        In place; only what the kernel schedules by is made anew.
         """
         for part in self._parts:
             move_rows(part.view, positions, part.block_size)
