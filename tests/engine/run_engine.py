@@ -71,7 +71,9 @@ def interrupted(llm, batch):
     waiting = list(zip(names, batch["prompts"], batch["sampling"], strict=True))
     first_runs = True
     while waiting or engine.has_unfinished_requests():
-        while len(waiting) > 1 or (waiting and steps >= batch["late"]):
+        while len(waiting) > 1 or (
+            waiting and (steps >= batch["late"] or not engine.has_unfinished_requests())
+        ):
             name, prompt, sampling = waiting.pop(0)
             engine.add_request(name, tokens_input(prompt), sampling_params(**sampling))
         outputs |= {output.request_id: output for output in engine.step()}

@@ -165,12 +165,14 @@ def deepened(made, exit_layer, hidden, residual):
 
 
 def says_what_its_head_says(made, reading):
-    """A compiled reading beside an eager one of the same states."""
+    """A compiled reading beside an eager one of its states, which rounds more often."""
     eager = made.head.read(reading.handed_on, reading.residual)
-    exact = torch.equal(eager.exit_states, reading.exit_states)
-    same = torch.equal(eager.token_ids, reading.token_ids)
+    off = 1e-4 if eager.logits.dtype == torch.float32 else 0.1
+    sure = eager.confidence > off
     return (
-        exact and same and torch.allclose(eager.confidence, reading.confidence, atol=1e-2)
+        torch.equal(eager.exit_states, reading.exit_states)
+        and torch.allclose(eager.confidence, reading.confidence, atol=off)
+        and torch.equal(eager.token_ids[sure], reading.token_ids[sure])
     )
 
 

@@ -7,7 +7,12 @@ pytestmark = pytest.mark.engine
 DEFAULTS = {"VLLM_CPU_ATTN_SPLIT_KV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 METHODS = {
     "cerberus": {"method": "cerberus", "gate": "always"},
-    "free": {"method": "free", "gate": "always", "exit_layer": 4},
+    "free": {
+        "method": "free",
+        "gate": "always",
+        "exit_layer": 4,
+        "num_speculative_tokens": 4,
+    },
 }
 GAP = {"bfloat16": 2e-2, "float32": 1e-4}
 MAX_TIED_SHARE = 0.01

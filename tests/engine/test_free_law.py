@@ -1,6 +1,7 @@
 """FREE's law: plain vLLM's greedy tokens and logits, to the bit, with split-KV off."""
 
 import random
+from pathlib import Path
 
 import pytest
 from free_reference import Free, TransformersLayers
@@ -111,7 +112,7 @@ def test_the_threshold_is_learnt_as_published(generate, cut):
     alone = [{"prompts": [prompt], "sampling": [greedy(64)]} for prompt in prompts]
     found = generate(arguments, alone)
     model = AutoModelForCausalLM.from_pretrained(cut[0]).float().eval()
-    config, adapter = checkpoint.load(cut[1])
+    config, adapter = checkpoint.load(Path(cut[1]))
 
     def published(threshold):
         free = Free(
