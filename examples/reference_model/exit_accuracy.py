@@ -62,7 +62,7 @@ def main() -> None:
     exits = [("none", n, ExitAdapter("none", 0, 0)) for n in options.exit_layers]
     for folder in options.exits:
         config, adapter = checkpoint.load(folder)
-        exits.append((folder.name, config.exit_layer, adapter))
+        exits.append((folder.name, config.exit_layer, adapter.float()))
     for name, layer, adapter in exits:
         for kind, rows in by_kind.items():
             facts = {"adapter": name, "exit_layer": layer, "text": kind}
