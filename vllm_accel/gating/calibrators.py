@@ -64,7 +64,6 @@ class OnlineLogistic:
         self._decay = decay
         self._floor = prior_strength * _INFORMATION * np.eye(weights.shape[1])
         self._weights = weights  # [groups, inputs]
-        self._first: list[float] | None = None  # the first group's, as numbers
         self._precision = np.repeat(self._floor[None], len(weights), axis=0)
         self._forget_recent()
 
@@ -80,18 +79,11 @@ class OnlineLogistic:
 
         In plain numbers: of a handful of lines, arrays take longer to make.
         """
-        constant, *weights = self._numbers
-        logit = constant
+        logit, *weights = self._weights[0].tolist()
         for weight, feature in zip(weights, features, strict=True):
             if feature == feature:  # not NaN
                 logit += weight * min(_FEATURE_LIMIT, max(-_FEATURE_LIMIT, feature))
         return 1 / (1 + math.exp(-min(_LOGIT_LIMIT, max(-_LOGIT_LIMIT, logit))))
-
-    @property
-    def _numbers(self) -> list[float]:
-        if self._first is None:
-            self._first = self._weights[0].tolist()
-        return self._first
 
     def update(
         self,
@@ -114,7 +106,6 @@ class OnlineLogistic:
         step = np.linalg.solve(self._precision, slope[..., None])[..., 0]
         move = np.abs((inputs * step).sum(-1) * known).max(0, initial=_LARGEST_MOVE)
         self._weights += step * (_LARGEST_MOVE / move)[:, None]
-        self._first = None
 
     def state_dict(self) -> State:
         """What was learnt, in values JSON can hold."""
@@ -136,7 +127,6 @@ class OnlineLogistic:
                 f"{self._weights.shape}: load a state of the same groups and features."
             )
         self._weights, self._precision = weights, precision
-        self._first = None
         self._forget_recent()
 
     def _forget_recent(self) -> None:

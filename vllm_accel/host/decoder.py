@@ -169,12 +169,11 @@ def _through(
             hidden = embed(hidden)
         for layer in layers:
             hidden, residual = layer(positions, hidden, residual)
-        handed_on = (
-            (hidden, residual.to(residual_dtype))
-            if norm is None
-            else (norm(hidden, residual)[0], None)
-        )
-        return handed_on if ending is None else ending(*handed_on)
+        if norm is None:
+            residual = residual.to(residual_dtype)
+        else:
+            hidden, residual = norm(hidden, residual)[0], None
+        return (hidden, residual) if ending is None else ending(hidden, residual)
 
     # The compiler keeps what it made by code object, and is told to check nothing else.
     run.__code__ = run.__code__.replace(co_name=f"run_{id(layers)}")
